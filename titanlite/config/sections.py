@@ -1,0 +1,235 @@
+"""The sections of a titanlite config: every key, its type, its default, its meaning and its unit.
+
+The text below a field is what `--help` prints. Names follow torchtitan's TOML configs where the meaning is the same.
+This module imports nothing, so that a config check takes milliseconds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    config_file: str = ""
+    """TOML file to read; empty: defaults and command line only."""
+    dump_folder: str = "outputs"
+    """Run folder: resolved config, metrics, TensorBoard events and checkpoints. Several nodes need a shared one."""
+    description: str = ""
+    """Free text, logged at start and kept with the run."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    dim: int = 256
+    """Width of the residual stream."""
+    n_layers: int = 4
+    """Number of transformer blocks."""
+    n_heads: int = 8
+    """Number of query heads; divides dim."""
+    n_kv_heads: int = 4
+    """Number of key and value heads (grouped-query attention); divides n_heads."""
+    ffn_dim: int = 768
+    """Inner width of the SwiGLU feed-forward layer."""
+    vocab_size: int = 8192
+    """Rows of the embedding and of the output head; at least the tokenizer's vocabulary."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output head too."""
+    attention_bias: bool = False
+    """Add biases to wq, wk, wv and wo."""
+    mlp_bias: bool = False
+    """Add biases to the feed-forward layers."""
+    norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; projections into the residual stream use init_std / sqrt(2 n_layers)."""
+    rope_theta: float = 500000.0
+    """Base of the rotary frequencies."""
+    rope_scaling_factor: float = 1.0
+    """Llama 3.1 frequency scaling: how far low frequencies are stretched; 1 turns scaling off."""
+    rope_low_freq_factor: float = 1.0
+    """Llama 3.1 frequency scaling: wavelengths above original_max_seq_len / this are stretched fully."""
+    rope_high_freq_factor: float = 4.0
+    """Llama 3.1 frequency scaling: wavelengths below original_max_seq_len / this are left alone."""
+    rope_original_max_seq_len: int = 8192
+    """Llama 3.1 frequency scaling: context length, in tokens, that the unscaled frequencies were trained for."""
+    attention: Literal["auto", "flex", "sdpa", "dense"] = "auto"
+    """Realisation of the document rule. auto: flex on CUDA, sdpa (a loop over documents) on CPU; an explicit value
+    never changes. dense: SDPA with a boolean S x S mask, slow, runs everywhere."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    path: str = "assets/tokenizer"
+    """Folder with tokenizer.model (tiktoken BPE ranks) and tokenizer_config.json (special tokens, split pattern)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    paths: tuple[str, ...] = ()
+    """Files or globs (** for subfolders). Empty: the built-in corpus, the Python source of the running interpreter's
+    standard library."""
+    format: Literal["auto", "text", "jsonl"] = "auto"
+    """text: a file is a document. jsonl: a line is a document. auto: jsonl for *.jsonl, else text."""
+    text_field: str = "text"
+    """Field of a jsonl record that holds the document's text."""
+    shuffle: bool = True
+    """Read documents in a new pseudo-random order in every epoch, a pure function of training.seed."""
+    shuffle_block: int = 4096
+    """Documents per shuffle block, in documents: blocks are permuted, then the documents in each block."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """What an unreadable record (bad JSON, missing field, invalid UTF-8) does. stop: the run ends and names it. skip:
+    it is named, counted and left out."""
+    num_workers: int = 1
+    """Threads per rank that read and tokenise; 0: in the thread that assembles batches."""
+    prefetch: int = 2
+    """Batches of this rank that are made ahead of the step; 0: none."""
+    cache_dir: str = ""
+    """Folder for jsonl offset indices. Empty: $XDG_CACHE_HOME/titanlite, else ~/.cache/titanlite."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    steps: int = 100
+    """Optimiser steps to train."""
+    seq_len: int = 2048
+    """Length of a row, in tokens."""
+    local_batch_size: int = 1
+    """Rows of one forward and backward pass of a data-parallel rank."""
+    global_batch_size: int = 8
+    """Rows of one optimiser step over all ranks; gradient accumulation follows from it."""
+    seed: int = 0
+    """Seed of the initial weights and of the document order."""
+    max_norm: float = 1.0
+    """Gradients are scaled down to this global 2-norm when they exceed it; 0 turns clipping off."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of the parameters and of the optimiser state."""
+    mixed_precision_param: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
+    """Type of the parameters in forward and backward. auto: bfloat16 on CUDA, training.dtype on CPU."""
+    mixed_precision_reduce: Literal["auto", "float32", "float64"] = "auto"
+    """Type in which gradients are reduced over ranks. auto: training.dtype."""
+    deterministic: bool = False
+    """Use deterministic algorithms only (CUDA: slower; same layout then gives the same bits)."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a NaN or infinite loss or gradient does. stop: no update from that step on, all ranks end at the next logged
+    step. skip: that update is left out and counted."""
+    max_skipped_steps: int = 10
+    """Number of updates that on_nonfinite = "skip" may leave out before the run stops."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 3e-4
+    """Peak learning rate of AdamW."""
+    beta1: float = 0.9
+    """Decay rate of the first moment."""
+    beta2: float = 0.95
+    """Decay rate of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and biases are not decayed."""
+
+
+@dataclass(frozen=True)
+class LrSchedulerConfig:
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0 to optimizer.lr."""
+    decay_type: Literal["cosine", "linear", "sqrt"] = "cosine"
+    """Shape of the decay."""
+    decay_ratio: float = 1.0
+    """Share of training.steps spent decaying, at the end. 1: decay starts after the warm-up (cosine, linear); less: the
+    rate stays at its peak in between (warmup-stable-decay); 0: constant after the warm-up."""
+    lr_min: float = 0.0
+    """Rate at the end of the decay, as a fraction of optimizer.lr."""
+
+
+@dataclass(frozen=True)
+class ParallelismConfig:
+    data_parallel_replicate_degree: int = 1
+    """Replicas of the sharded model (HSDP when above 1)."""
+    data_parallel_shard_degree: int = -1
+    """Ranks that share one sharded copy of the model (FSDP2). -1: all ranks that the other degrees leave."""
+    tensor_parallel_degree: int = 1
+    """Ranks that split each layer (tensor, sequence and loss parallelism)."""
+    fsdp_reshard_after_forward: Literal["always", "never"] = "always"
+    """Free gathered parameters after the forward pass of a block (always) or keep them for its backward (never)."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimiser state in CPU memory between uses (CUDA only)."""
+
+
+@dataclass(frozen=True)
+class ActivationCheckpointConfig:
+    mode: Literal["none", "selective", "full"] = "selective"
+    """none: keep all activations. selective: keep the results of attention and of every second matrix product and
+    recompute the rest. full: keep only the input of each block."""
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    enable: bool = False
+    """Compile each transformer block with torch.compile."""
+    backend: str = "inductor"
+    """Backend of torch.compile."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    enable: bool = True
+    """Save distributed checkpoints into <dump_folder>/checkpoint."""
+    interval: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_latest_k: int = 3
+    """Number of newest checkpoints to keep; 0 keeps all."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async: copy the state to CPU memory, then write in the background while training goes on."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: continue from the newest valid checkpoint, else start anew. must: as auto, but having none is an error.
+    never: start anew; refuses a run folder that holds checkpoints."""
+    load_step: int = -1
+    """Step to resume from; -1: the newest."""
+    init_from: str = ""
+    """Checkpoint folder (.../step-N) whose weights start a new run; a run that can resume does not read it."""
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    log_freq: int = 10
+    """Steps between logged steps (console, TensorBoard, metrics.jsonl)."""
+    enable_tensorboard: bool = True
+    """Write TensorBoard events into <dump_folder>/tb."""
+
+
+@dataclass(frozen=True)
+class ProfilingConfig:
+    enable_profiling: bool = False
+    """Write torch.profiler traces into <dump_folder>/profile."""
+    profile_freq: int = 100
+    """Steps between traces; each trace covers the last 3 of them."""
+    enable_memory_snapshot: bool = False
+    """Write CUDA memory snapshots into <dump_folder>/memory at profile_freq and when memory runs out."""
+
+
+@dataclass(frozen=True)
+class CommConfig:
+    init_timeout_seconds: int = 600
+    """Seconds that collectives may take until the first step is done (compilation, slow starts)."""
+    train_timeout_seconds: int = 300
+    """Seconds that collectives may take after the first step."""
+
+
+@dataclass(frozen=True)
+class Config:
+    job: JobConfig = field(default_factory=JobConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: LrSchedulerConfig = field(default_factory=LrSchedulerConfig)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
