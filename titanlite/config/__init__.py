@@ -1,5 +1,9 @@
 """Configuration: typed sections, TOML and command line, every check before anything is started. No torch in here."""
 
+from titanlite.config.checks import check
+from titanlite.config.degrees import resolve_degrees
+from titanlite.config.dump import diff, dump_toml
+from titanlite.config.load import load_config
 from titanlite.config.schema import ConfigError
 from titanlite.config.sections import (
     ActivationCheckpointConfig,
@@ -36,4 +40,9 @@ __all__ = [
     "ProfilingConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "check",
+    "diff",
+    "dump_toml",
+    "load_config",
+    "resolve_degrees",
 ]

@@ -11,9 +11,19 @@ from typing import Any, Literal, get_args, get_origin
 
 from titanlite.config.sections import Config
 
-SCHEMA: dict[str, dict[str, dataclasses.Field[Any]]] = {
-    section.name: {field.name: field for field in dataclasses.fields(section.type)}  # type: ignore[arg-type]
-    for section in dataclasses.fields(Config)
+Field = dataclasses.Field[Any]
+
+SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
+SCHEMA: dict[str, dict[str, Field]] = {
+    name: {field.name: field for field in dataclasses.fields(section)} for name, section in SECTIONS.items()
+}
+
+NAMES: dict[object, tuple[str, str]] = {  # what --help and what an error message calls a type
+    bool: ("true|false", "true or false"),
+    int: ("integer", "an integer"),
+    float: ("number", "a number"),
+    str: ("string", "a string"),
+    tuple[str, ...]: ("strings", "a list of strings"),
 }
 
 
@@ -25,66 +35,63 @@ class ConfigError(ValueError):
         self.problems = problems
 
 
-def type_name(field: dataclasses.Field[Any]) -> str:
-    """How `--help` and error messages call a field's type."""
-    if get_origin(field.type) is Literal:
-        return " | ".join(get_args(field.type))
-    if get_origin(field.type) is tuple:
-        return "list of strings"
-    return {bool: "true | false", int: "integer", float: "number", str: "string"}[field.type]  # type: ignore[index]
+def type_name(field: Field) -> str:
+    """The field's type as `--help` shows it."""
+    return "|".join(get_args(field.type)) if get_origin(field.type) is Literal else NAMES[field.type][0]
 
 
-def from_toml(field: dataclasses.Field[Any], value: object) -> Any:
+def from_toml(field: Field, value: object) -> Any:
     """The field's value from a parsed TOML value. Raises ValueError saying what it must be."""
-    shown = json.dumps(value, default=str, ensure_ascii=False)
-    if get_origin(field.type) is Literal:
-        return _choice(field, value, shown)
-    if get_origin(field.type) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise ValueError(f'must be a list of strings, such as ["a.txt", "b/*.txt"], not {shown}')
-    if field.type is float and isinstance(value, int) and not isinstance(value, bool):
+    if field.type is float and type(value) is int and abs(value) < 1 << 1000:
         value = float(value)
-    if type(value) is not field.type:
-        wanted = {bool: "true or false", int: "an integer", float: "a number", str: "a string in quotes"}
-        raise ValueError(f"must be {wanted[field.type]}, not {shown}")  # type: ignore[index]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"must be a finite number, not {value}")
+    if get_origin(field.type) is Literal:
+        fits = isinstance(value, str) and value in get_args(field.type)
+    elif get_origin(field.type) is tuple:
+        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        value = tuple(value) if isinstance(value, list) and fits else value
+    else:  # type() and not isinstance(): a bool is no int
+        fits = type(value) is field.type and not (isinstance(value, float) and not math.isfinite(value))
+    if not fits:
+        raise ValueError(_must_be(field, json.dumps(value, default=str, ensure_ascii=False)))
     return value
 
 
-def from_text(field: dataclasses.Field[Any], text: str) -> Any:
+def from_text(field: Field, text: str) -> Any:
     """The field's value from a command-line argument. Raises ValueError saying what it must be.
 
-    A list is comma-separated, or a JSON array where an item holds a comma or begins with a bracket.
+    A list is comma-separated, or a JSON array where an item holds a comma or the first one begins with a bracket.
     """
-    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"must be valid UTF-8, not {text!r}")
-    if get_origin(field.type) is Literal:
-        return _choice(field, text, repr(text))
+    value: object = text
     if get_origin(field.type) is tuple:
-        if not text.startswith("["):
-            return tuple(text.split(",")) if text else ()
+        value = _list(text)
+    elif field.type is bool:
+        value = {"true": True, "false": False}.get(text)
+    elif field.type is int:
+        value = int(text) if re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", text) and len(text) < 1000 else None
+    elif field.type is float:
         try:
-            return from_toml(field, json.loads(text))
-        except (json.JSONDecodeError, RecursionError):
-            raise ValueError(f"must be comma-separated or a JSON array of strings, not {text!r}") from None
-    if field.type is bool and text in ("true", "false"):
-        return text == "true"
-    if field.type is int and re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", text) and len(text) < 100:
-        return int(text)
-    if field.type is float:
-        try:
-            return from_toml(field, float(text))
+            value = float(text)
         except ValueError:
-            raise ValueError(f"must be a finite number, not {text!r}") from None
-    if field.type is str:
-        return text
-    wanted = {bool: "true or false", int: "an integer"}
-    raise ValueError(f"must be {wanted[field.type]}, not {text!r}")  # type: ignore[index]
+            value = None
+    try:
+        text.encode()
+        return from_toml(field, value)
+    except ValueError:  # a UnicodeEncodeError too: bytes of the command line that are not UTF-8
+        raise ValueError(_must_be(field, ascii(text))) from None
 
 
-def _choice(field: dataclasses.Field[Any], value: object, shown: str) -> Any:
-    if value in get_args(field.type) and isinstance(value, str):
-        return value
-    raise ValueError(f"must be one of {', '.join(get_args(field.type))}, not {shown}")
+def _list(text: str) -> object:
+    if not text.startswith("["):
+        return text.split(",") if text else []
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+
+
+def _must_be(field: Field, shown: str) -> str:
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    if get_origin(field.type) is Literal:
+        return f"must be one of {', '.join(get_args(field.type))}, not {shown}"
+    finite = "finite " if field.type is float and shown.strip("'+-").lower() in ("nan", "inf", "infinity") else ""
+    return f"must be {NAMES[field.type][1].replace('a number', f'a {finite}number')}, not {shown}"

@@ -1,0 +1,183 @@
+"""Every check of a configuration that needs neither torch nor the content of a file.
+
+Each value must lie in its range; then keys must fit together, and a key that asks for something which another rules
+out is an error, not ignored. The settings of a feature that is switched off (checkpoint.interval, compile.backend,
+...) may stand: features are switched off from the command line, over a file that configures them.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Set
+from typing import Any
+
+from titanlite.config.degrees import check_degrees, divisors, listed
+from titanlite.config.dump import toml_value
+from titanlite.config.schema import SCHEMA
+from titanlite.config.sections import Config
+
+LIMIT = 2**31  # of counts: every one of them ends up as a 32-bit size or index somewhere
+RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "from 1 to 2147483647",
+        lambda v: 1 <= v < LIMIT,
+        "model.dim model.n_layers model.n_heads model.n_kv_heads model.ffn_dim model.vocab_size"
+        " model.rope_original_max_seq_len data.shuffle_block training.steps training.seq_len training.local_batch_size"
+        " training.global_batch_size training.max_skipped_steps parallelism.data_parallel_replicate_degree"
+        " parallelism.tensor_parallel_degree checkpoint.interval metrics.log_freq profiling.profile_freq"
+        " comm.init_timeout_seconds comm.train_timeout_seconds",
+    ),
+    (
+        "-1, or from 1 to 2147483647",
+        lambda v: v == -1 or 1 <= v < LIMIT,
+        "parallelism.data_parallel_shard_degree checkpoint.load_step",
+    ),
+    (
+        "from 0 to 2147483647",
+        lambda v: 0 <= v < LIMIT,
+        "data.num_workers data.prefetch lr_scheduler.warmup_steps checkpoint.keep_latest_k",
+    ),
+    ("from 0 to 9223372036854775807", lambda v: 0 <= v < 2**63, "training.seed"),
+    (
+        "above 0",
+        lambda v: v > 0,
+        "model.norm_eps model.init_std model.rope_theta model.rope_low_freq_factor model.rope_high_freq_factor"
+        " optimizer.lr optimizer.eps",
+    ),
+    ("at least 0", lambda v: v >= 0, "training.max_norm optimizer.weight_decay"),
+    ("at least 1", lambda v: v >= 1, "model.rope_scaling_factor"),
+    ("from 0 to 1", lambda v: 0 <= v <= 1, "lr_scheduler.decay_ratio lr_scheduler.lr_min"),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, "optimizer.beta1 optimizer.beta2"),
+    ("not empty", bool, "job.dump_folder tokenizer.path data.text_field compile.backend"),
+    ("without empty strings", all, "data.paths"),
+]
+
+
+def check(config: Config, world_size: int | None, doubtful: Set[str] = frozenset()) -> list[str]:
+    """What is wrong, one line each, naming keys, values and the fix.
+
+    world_size is the number of ranks, None where it is not known yet. doubtful: keys (`section.key`) that are known to
+    be wrong already; what depends on them is not reported.
+    """
+    out_of_range: dict[str, str] = {}
+    for wanted, fits, names in RANGES:
+        for name in names.split():
+            section, key = name.split(".")
+            value = getattr(getattr(config, section), key)
+            if not fits(value):
+                out_of_range[name] = f"{name} = {toml_value(value)}: must be {wanted}"
+                repaired = dataclasses.replace(getattr(config, section), **{key: SCHEMA[section][key].default})
+                config = dataclasses.replace(config, **{section: repaired})  # a stand-in: the rules below divide by it
+    doubtful = doubtful | out_of_range.keys()
+    rules = (_model, _training, _schedule, _data, _checkpoint)
+    together = [problem for rule in rules for problem in rule(config)] + list(check_degrees(config, world_size))
+    return [*out_of_range.values(), *(p for p in together if not doubtful.intersection(re.findall(r"[a-z_]+\.\w+", p)))]
+
+
+def _model(config: Config) -> Iterator[str]:
+    m = config.model
+    if m.dim % m.n_heads:
+        yield (
+            f"model.n_heads = {m.n_heads} does not divide model.dim = {m.dim}: use for example model.dim ="
+            f" {-(-m.dim // m.n_heads) * m.n_heads}"
+        )
+    elif m.dim // m.n_heads % 2:
+        yield (
+            f"model.dim = {m.dim} / model.n_heads = {m.n_heads} gives heads of odd size {m.dim // m.n_heads}: rotary"
+            f" embeddings turn pairs, so use a model.dim that is a multiple of {2 * m.n_heads}"
+        )
+    if m.n_heads % m.n_kv_heads:
+        yield (
+            f"model.n_kv_heads = {m.n_kv_heads} does not divide model.n_heads = {m.n_heads}: every key and value head"
+            f" serves equally many query heads, so use {listed(divisors(m.n_heads))}"
+        )
+    if m.rope_scaling_factor == 1:
+        for key in ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_seq_len"):
+            if (value := getattr(m, key)) != SCHEMA["model"][key].default:
+                yield _no_effect(f"model.{key}", value, "model.rope_scaling_factor = 1.0", "a factor above 1")
+    elif m.rope_high_freq_factor <= m.rope_low_freq_factor:
+        yield (
+            f"model.rope_high_freq_factor = {m.rope_high_freq_factor} must be above model.rope_low_freq_factor ="
+            f" {m.rope_low_freq_factor} (Llama 3.1: 4 and 1)"
+        )
+
+
+def _training(config: Config) -> Iterator[str]:
+    t = config.training
+    for key, what in (("mixed_precision_param", "compute"), ("mixed_precision_reduce", "reduce gradients")):
+        if getattr(t, key) == "float64" and t.dtype == "float32":
+            yield (
+                f'training.{key} = "float64" would {what} in a wider type than training.dtype = "float32" keeps:'
+                f' set training.dtype = "float64" too, or leave training.{key} = "auto"'
+            )
+    if config.model.attention == "flex":
+        if t.seq_len % 128:
+            yield (
+                f'model.attention = "flex" works on blocks of 128 tokens and training.seq_len = {t.seq_len} is no'
+                f" multiple: use {-(-t.seq_len // 128) * 128}, or another model.attention"
+            )
+        if t.mixed_precision_param == "float64":
+            yield (
+                'model.attention = "flex" has no float64 kernel and training.mixed_precision_param = "float64":'
+                ' use model.attention = "sdpa" or "dense"'
+            )
+    if t.on_nonfinite == "stop" and t.max_skipped_steps != SCHEMA["training"]["max_skipped_steps"].default:
+        yield _no_effect(
+            "training.max_skipped_steps", t.max_skipped_steps, 'training.on_nonfinite = "stop"', 'on_nonfinite = "skip"'
+        )
+    p = config.profiling
+    if p.enable_profiling and p.profile_freq < 4:
+        yield (
+            f"profiling.profile_freq = {p.profile_freq} is too short for profiling.enable_profiling = true:"
+            " a trace takes 1 step of warm-up and 3 steps, so use 4 or more"
+        )
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    s, steps = config.lr_scheduler, config.training.steps
+    decay_steps = round(s.decay_ratio * steps)
+    # A run that ends within its warm-up is whole: it is how one tries a config for a few steps.
+    if s.warmup_steps < steps and s.decay_ratio < 1 and s.warmup_steps + decay_steps > steps:
+        yield (
+            f"lr_scheduler.warmup_steps = {s.warmup_steps} and lr_scheduler.decay_ratio = {s.decay_ratio}"
+            f" ({decay_steps} steps) overlap in training.steps = {steps}: lower one of them, or use decay_ratio = 1.0"
+            " (decay from the end of the warm-up on)"
+        )
+    if s.decay_ratio == 0:
+        for key in ("decay_type", "lr_min"):
+            if (value := getattr(s, key)) != SCHEMA["lr_scheduler"][key].default:
+                yield _no_effect(f"lr_scheduler.{key}", value, "lr_scheduler.decay_ratio = 0.0", "a ratio above 0")
+
+
+def _data(config: Config) -> Iterator[str]:
+    if config.data.format == "jsonl" and not config.data.paths:
+        yield (
+            'data.format = "jsonl" and data.paths = []: the built-in corpus is text, so name jsonl files in data.paths'
+            ' or leave data.format = "auto"'
+        )
+
+
+def _checkpoint(config: Config) -> Iterator[str]:
+    c, steps = config.checkpoint, config.training.steps
+    if c.resume == "never" and c.load_step != -1:
+        yield _no_effect(
+            "checkpoint.load_step", c.load_step, 'checkpoint.resume = "never"', 'resume = "must" or "auto"'
+        )
+    if not c.enable and c.resume == "must":
+        yield _no_effect("checkpoint.resume", c.resume, "checkpoint.enable = false", "enable = true")
+    if not c.enable and c.load_step != -1:
+        yield _no_effect("checkpoint.load_step", c.load_step, "checkpoint.enable = false", "enable = true")
+    if c.init_from and c.resume == "must":
+        yield _no_effect(
+            "checkpoint.init_from", c.init_from, 'checkpoint.resume = "must"', 'resume = "auto" or "never"'
+        )
+    if c.init_from and c.load_step != -1:
+        yield _no_effect("checkpoint.init_from", c.init_from, f"checkpoint.load_step = {c.load_step}", "load_step = -1")
+    if c.load_step > steps:
+        yield (
+            f"checkpoint.load_step = {c.load_step} lies beyond training.steps = {steps}: use an earlier step, or raise"
+            " training.steps"
+        )
+
+
+def _no_effect(name: str, value: object, other: str, fix: str) -> str:
+    return f"{name} = {toml_value(value)} has no effect while {other}: remove it, or use {fix}"

@@ -1,0 +1,45 @@
+"""The text of `--help`: every key with its type, its default and the docstring that stands below it in sections.py."""
+
+import ast
+import itertools
+import shutil
+import textwrap
+from pathlib import Path
+
+from titanlite.config import sections
+from titanlite.config.dump import toml_value
+from titanlite.config.schema import SCHEMA, SECTIONS, type_name
+
+USAGE = """\
+usage: torchrun --nproc_per_node=N -m titanlite.train --job.config_file FILE [--section.key VALUE ...]
+
+FILE is TOML, with the sections and keys below. A key's value comes from the command line, else from the file, else it
+is the default shown here. --section.key=VALUE works too; booleans take true or false; several strings are separated by
+commas, or given as a JSON array where one holds a comma: '["a,b.txt", "c/*.txt"]'. Every other key is an error.
+"""
+
+
+def help_text() -> str:
+    """All of it, wrapped for the terminal's width (COLUMNS where there is none)."""
+    width = max(60, min(shutil.get_terminal_size((120, 24)).columns, 120))
+    meaning = field_docs()
+    parts = [USAGE]
+    for section, fields in SCHEMA.items():
+        parts.append(f"[{section}]")
+        for key, field in fields.items():
+            parts.append(f"  --{section}.{key} {type_name(field)}   (default {toml_value(field.default)})")
+            parts.append(textwrap.indent(textwrap.fill(meaning[section, key], width - 6), " " * 6))
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def field_docs() -> dict[tuple[str, str], str]:
+    """The docstring below each field of sections.py, by section and key. Python drops them, so the source is read."""
+    tree = ast.parse(Path(sections.__file__).read_text(encoding="utf-8"))
+    classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+    docs: dict[tuple[str, str], str] = {}
+    for section, section_type in SECTIONS.items():
+        for field, below in itertools.pairwise(classes[section_type.__name__]):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                docs[section, field.target.id] = " ".join(ast.literal_eval(below.value).split())
+    return docs

@@ -1,0 +1,130 @@
+"""From command line and TOML file to a checked Config: defaults < file < `--section.key value`.
+
+Strict: an unknown section or key, a wrong type and every failed check are errors, and all of them are reported at once.
+"""
+
+import difflib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from titanlite.config.checks import check
+from titanlite.config.help import help_text
+from titanlite.config.schema import SCHEMA, SECTIONS, ConfigError, Field, from_text, from_toml, type_name
+from titanlite.config.sections import Config
+from titanlite.config.toml_file import read_toml
+
+
+def load_config(argv: list[str]) -> Config:
+    """The configuration that a command line asks for; its last `--job.config_file` names the TOML file.
+
+    Checks the parallelism degrees against WORLD_SIZE where the environment has it, as torchrun sees to.
+    Raises ConfigError with every problem. `--help` or `-h` prints all keys and raises SystemExit(0).
+    """
+    if "--help" in argv or "-h" in argv:
+        _print_help()
+        raise SystemExit(0)
+    binder = _Binder()
+    arguments = binder.split(argv)
+    path = next((text for name, text in reversed(arguments) if name == "job.config_file"), None)
+    if path:
+        binder.bind_file(path)
+    for name, text in arguments:
+        binder.bind("command line: ", "--", name, text, from_text)
+    config = Config(**{name: section(**binder.values[name]) for name, section in SECTIONS.items()})
+    world_size = os.environ.get("WORLD_SIZE")
+    if world_size is not None and not world_size.isdecimal():
+        binder.problems.append(f"WORLD_SIZE = {world_size!r} in the environment: must be the number of ranks")
+        world_size = None
+    if binder.file_was_read:
+        binder.problems += check(config, int(world_size) if world_size else None, binder.doubtful)
+    if binder.problems:
+        raise ConfigError(binder.problems)
+    return config
+
+
+def _print_help() -> None:
+    try:
+        print(help_text(), flush=True)
+    except BrokenPipeError:  # `--help | head`: give Python's own flush at exit somewhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class _Binder:
+    """Values by section and key, and what was wrong on the way to them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, Any]] = {section: {} for section in SCHEMA}
+        self.problems: list[str] = []
+        self.doubtful: set[str] = set()  # keys whose value is not what the user meant: no check may speak of them
+        self.file_was_read = True
+
+    def split(self, argv: list[str]) -> list[tuple[str, str | None]]:
+        """Names and texts of the command line's arguments; None where a text is missing."""
+        arguments: list[tuple[str, str | None]] = []
+        rest = list(argv)
+        while rest:
+            argument = rest.pop(0)
+            name, equals, text = argument.removeprefix("--").partition("=")
+            if not argument.startswith("--"):
+                self.problems.append(f"command line: {argument!r} is no option: write --section.key value")
+            elif equals:
+                arguments.append((name, text))
+            else:
+                arguments.append((name, rest.pop(0) if rest and not rest[0].startswith("--") else None))
+        return arguments
+
+    def bind_file(self, path: str) -> None:
+        try:
+            tables, lines = read_toml(path)
+        except ConfigError as error:
+            self.problems += error.problems
+            self.file_was_read = False
+            return
+        for section, table in tables.items():
+            where = f"{path}:{lines[(section,)]}: "
+            if section in SCHEMA and not isinstance(table, dict):
+                self.problems.append(f"{where}{section} is a section: write [{section}] above its keys")
+            elif not isinstance(table, dict):
+                self.problems.append(f"{where}{section} must stand in a section{_did_you_mean(_nearest_key(section))}")
+            elif section not in SCHEMA:
+                nearest = difflib.get_close_matches(section, SCHEMA, n=1)
+                self.problems.append(f"{where}unknown section [{section}]{_did_you_mean(nearest, '[', ']')}")
+                self.doubtful.update(f"{name}.{key}" for name in nearest for key in SCHEMA[name])
+            else:
+                for key, value in table.items():
+                    self.bind(f"{path}:{lines[section, key]}: ", "", f"{section}.{key}", value, from_toml)
+
+    def bind(self, where: str, dashes: str, name: str, value: Any, convert: Callable[[Field, Any], Any]) -> None:
+        """Take the value, or note why not. A value of None is one that the command line lacks."""
+        section, _, key = name.partition(".")
+        field = SCHEMA.get(section, {}).get(key)
+        if field is None:
+            nearest = _nearest_key(name)
+            self.problems.append(f"{where}unknown key {dashes}{name}{_did_you_mean(nearest, dashes)}")
+            self.doubtful.update(nearest)
+            return
+        try:
+            if value is None:
+                raise ValueError(f"needs a value: {dashes}{name} {type_name(field)}")
+            if name == "job.config_file" and not dashes:
+                raise ValueError("has no effect in a file: remove it")
+            self.values[section][key] = convert(field, value)
+        except ValueError as error:
+            self.problems.append(f"{where}{dashes}{name} {error}")
+            self.doubtful.add(name)
+
+
+def _nearest_key(name: str) -> list[str]:
+    """The key most like `name`, as a list of one, or of none: in its section, else by its last part, else anywhere."""
+    section, _, key = name.rpartition(".")
+    if found := difflib.get_close_matches(key, SCHEMA.get(section, {}), n=1, cutoff=0.5):
+        return [f"{section}.{found[0]}"]
+    everything = [f"{section}.{key}" for section, keys in SCHEMA.items() for key in keys]
+    same_key = [full for full in everything if full.endswith(f".{key}")]
+    found = difflib.get_close_matches(name, same_key, n=1, cutoff=0.0)
+    return found or difflib.get_close_matches(name, everything, n=1)
+
+
+def _did_you_mean(nearest: list[str], before: str = "", after: str = "") -> str:
+    return f": did you mean {before}{nearest[0]}{after}?" if nearest else "; --help lists all"
