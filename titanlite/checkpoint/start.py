@@ -1,0 +1,34 @@
+"""Where a run starts: the decision between a checkpoint, given weights and new ones, told in one line."""
+
+from titanlite.checkpoint.checkpointer import Checkpointer
+from titanlite.checkpoint.folder import CheckpointError, list_steps
+from titanlite.config.sections import CheckpointConfig
+from titanlite.log import logger
+
+
+def decide_start(config: CheckpointConfig, checkpointer: Checkpointer) -> str | None:
+    """The checkpoint to resume from, or None for a new run; logs which and why. Collective.
+
+    Raises CheckpointError, on all ranks, where the config asks for what is not there.
+    """
+    folder = checkpointer.folder
+    if not config.enable:
+        why = "checkpoint.enable = false"
+    elif config.resume == "never":
+        if list_steps(folder):
+            raise CheckpointError(
+                f'checkpoint.resume = "never", and {folder} holds checkpoints: name another job.dump_folder, or resume'
+                ' with "auto"'
+            )
+        why = 'checkpoint.resume = "never"'
+    else:
+        if path := checkpointer.newest(config.load_step):
+            which = "the newest valid one" if config.load_step < 0 else "checkpoint.load_step"
+            logger.info('resuming from %s: checkpoint.resume = "%s", and it is %s', path, config.resume, which)
+            return path
+        if config.resume == "must":
+            raise CheckpointError(f'checkpoint.resume = "must", and there is no valid checkpoint in {folder}')
+        why = f"no valid checkpoint in {folder}"
+    weights = f"weights of {config.init_from}" if config.init_from else "newly drawn weights"
+    logger.info("new run with %s: %s", weights, why)
+    return None
