@@ -1,0 +1,172 @@
+"""Training does not depend on the layout: every layout agrees with a plain one-process loop, in every gradient.
+
+The reference is written here: the unparallelised model, torch.nn.functional, torch.optim and nothing else of ours but
+the initial weights, which it takes from the same keyed draw, whole.
+"""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tests.gloo import ranks
+from titanlite.config import (
+    ActivationCheckpointConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from titanlite.model import Llama, build_documents, initial_mean_std
+from titanlite.parallel.init import init_weights
+from titanlite.parallel.mesh import build_mesh
+from titanlite.trainer import Trainer
+
+Results = tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor]]
+EOS, ROWS, SEQ_LEN, STEPS = 3, 8, 32, 3
+MODEL = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
+CONFIG = Config(
+    model=MODEL,
+    training=TrainingConfig(
+        steps=STEPS, seq_len=SEQ_LEN, global_batch_size=ROWS, local_batch_size=1, dtype="float64", seed=7, max_norm=0.5
+    ),
+    optimizer=OptimizerConfig(lr=1e-2),
+    activation_checkpoint=ActivationCheckpointConfig(mode="none"),
+)
+
+
+def batch(step: int) -> Tensor:
+    """Rows [ROWS, SEQ_LEN + 1]: documents of uneven length, so that ranks have different numbers of targets."""
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.randint(4, MODEL.vocab_size, (ROWS, SEQ_LEN + 1), generator=generator)
+    share = torch.linspace(0.0, 0.5, ROWS)[:, None]
+    return rows.masked_fill(torch.rand(rows.shape, generator=generator) < share, EOS)
+
+
+def num_targets(rows: Tensor) -> int:
+    return int((rows[:, :-1] != EOS).sum())
+
+
+@functools.cache
+def reference(
+    model_config: ModelConfig = MODEL,
+) -> Results:
+    """Losses, gradient norms, the clipped gradients of step 1 and the final weights of a plain loop."""
+    model = Llama(model_config).double()
+    init_weights(model, lambda name: initial_mean_std(name, model_config), CONFIG.training.seed)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
+    )
+    losses, norms, gradients = [], [], {}
+    for step in range(1, STEPS + 1):
+        rows = batch(step)
+        hidden = model(rows[:, :-1], build_documents(rows[:, :-1], EOS, "dense"))
+        logits = F.linear(hidden, model.output.weight, model.output.bias)
+        terms = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        loss = terms[rows[:, :-1].flatten() != EOS].mean()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.training.max_norm).item())
+        losses.append(loss.item())
+        if step == 1:
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 + torch.cos(torch.tensor(torch.pi * step / STEPS, dtype=torch.float64)).item()) / 2
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, norms, gradients, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train(config: Config, degrees: tuple[int, int, int]) -> Results:
+    """What `reference` returns, from the real trainer on this rank of a (replicate, shard, tp) layout."""
+    torch._dynamo.reset()
+    mesh = build_mesh("cpu", *degrees)
+    trainer = Trainer(config, mesh, EOS)
+    losses, norms, gradients = [], [], {}
+    for step in range(1, STEPS + 1):
+        rows = batch(step)
+        mine = rows.chunk(mesh.dp_degree)[mesh.dp_rank]
+        result = trainer.train_step(mine, num_targets(rows))
+        losses.append(result.loss.item())
+        norms.append(result.grad_norm.item())
+        if step == 1:  # Adam's first moment is then 0.1 of the gradient
+            for name, p in trainer.model.named_parameters():
+                gradients[name] = full(trainer.optimizer.state[p]["exp_avg"]) / (1 - config.optimizer.beta1)
+    weights = {name: full(p) for name, p in trainer.model.named_parameters()}
+    return losses, norms, gradients, weights
+
+
+def assert_equal_to_reference(results: list[Any], model: ModelConfig = MODEL, bound: float = 1e-12) -> None:
+    losses, norms, gradients, weights = reference(model)
+    for rank, (rank_losses, rank_norms, rank_gradients, rank_weights) in enumerate(results):
+        for name, expected, actual in (
+            *((f"gradient of {name}", gradients[name], rank_gradients[name]) for name in gradients),
+            *((f"weight {name}", weights[name], rank_weights[name]) for name in weights),
+            ("loss", torch.tensor(losses, dtype=torch.float64), torch.tensor(rank_losses, dtype=torch.float64)),
+            ("gradient norm", torch.tensor(norms, dtype=torch.float64), torch.tensor(rank_norms, dtype=torch.float64)),
+        ):
+            error = ((actual - expected).norm() / expected.norm()).item()
+            assert error < bound, f"rank {rank}: {name} differs by {error:.1e}"
+
+
+def with_(config: Config, **sections: dict[str, Any]) -> Config:
+    return replace(config, **{name: replace(getattr(config, name), **changes) for name, changes in sections.items()})
+
+
+LAYOUTS = [(1, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (1, 4, 1), (2, 1, 2)]
+
+
+@pytest.mark.parametrize("degrees", LAYOUTS, ids=lambda d: f"replicate{d[0]}-shard{d[1]}-tp{d[2]}")
+def test_layout_agrees_with_one_process(degrees: tuple[int, int, int]) -> None:
+    world_size = degrees[0] * degrees[1] * degrees[2]
+    assert_equal_to_reference(ranks(world_size).run(train, CONFIG, degrees))
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 1), (2, 1, 2), (1, 2, 2)])
+def test_tied_embeddings_and_biases(degrees: tuple[int, int, int]) -> None:
+    """One matrix with two uses gets the sum of both gradients; a bias behind a split sum is added once."""
+    model = replace(MODEL, tie_embeddings=True, attention_bias=True, mlp_bias=True)
+    config = replace(CONFIG, model=model)
+    assert_equal_to_reference(ranks(degrees[0] * degrees[1] * degrees[2]).run(train, config, degrees), model)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"training": {"local_batch_size": 2}},
+        {"training": {"local_batch_size": 4}, "parallelism": {"fsdp_reshard_after_forward": "never"}},
+        {"activation_checkpoint": {"mode": "selective"}},
+        {"activation_checkpoint": {"mode": "full"}},
+        {"model": {"attention": "dense"}},
+    ],
+    ids=lambda sections: "-".join(f"{k}={v}" for keys in sections.values() for k, v in keys.items()),
+)
+def test_settings_that_must_not_change_the_result(sections: dict[str, dict[str, Any]]) -> None:
+    assert_equal_to_reference(ranks(4).run(train, with_(CONFIG, **sections), (1, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "backend", "mode"),
+    [
+        ((1, 1, 2), "aot_eager", "none"),
+        pytest.param((1, 2, 1), "aot_eager", "selective", marks=pytest.mark.slow),
+        pytest.param((2, 1, 2), "aot_eager", "selective", marks=pytest.mark.slow),
+        pytest.param((1, 2, 2), "aot_eager", "full", marks=pytest.mark.slow),
+        pytest.param((1, 1, 2), "inductor", "none", marks=pytest.mark.slow),
+        pytest.param((1, 1, 2), "inductor", "selective", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks(degrees: tuple[int, int, int], backend: str, mode: str) -> None:
+    """Compile x tensor parallelism once trained a frozen embedding, with a correct loss: every gradient counts."""
+    config = with_(CONFIG, compile={"enable": True, "backend": backend}, activation_checkpoint={"mode": mode})
+    assert_equal_to_reference(ranks(degrees[0] * degrees[1] * degrees[2]).run(train, config, degrees))

@@ -1,0 +1,137 @@
+"""Assembles the rooms into a trainer and makes one step. The loop, logging and process life are the verbs' business."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.nn.utils import clip_grads_with_norm_
+
+from titanlite.config import Config
+from titanlite.loss import cross_entropy_sum
+from titanlite.model import Llama, build_documents, check_backend, initial_mean_std, labels, resolve_backend
+from titanlite.optim import NonFiniteGuard, build_optimizer, learning_rate, local_square_sum, set_lr
+from titanlite.parallel.apply import parallelize
+from titanlite.parallel.init import init_weights
+from titanlite.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars of one optimiser step, on the device: reading one waits for the device."""
+
+    loss: Tensor
+    """Mean cross-entropy over the valid targets of the global batch, in nats."""
+    grad_norm: Tensor
+    """Global 2-norm of the gradient before clipping."""
+    lr: float
+
+
+def param_dtype(config: Config, device_type: str) -> torch.dtype:
+    """Type of parameters and activations in forward and backward."""
+    name = config.training.mixed_precision_param
+    if name == "auto":
+        name = "bfloat16" if device_type == "cuda" else config.training.dtype
+    return getattr(torch, name)
+
+
+def build_model(config: Config, mesh: Mesh) -> Llama:
+    """The model of this rank: built on meta, parallelised, and not yet given any weights (`init_weights` does)."""
+    training = config.training
+    reduce = training.dtype if training.mixed_precision_reduce == "auto" else training.mixed_precision_reduce
+    with torch.device("meta"):
+        model = Llama(config.model).to(getattr(torch, training.dtype))
+    parallelize(
+        model,
+        mesh,
+        config.parallelism,
+        config.activation_checkpoint,
+        config.compile,
+        param_dtype=param_dtype(config, mesh.device.type),
+        reduce_dtype=getattr(torch, reduce),
+    )
+    model.to_empty(device="cpu" if config.parallelism.enable_cpu_offload else mesh.device)
+    return model
+
+
+class Trainer:
+    """Model, optimiser and counters of this rank."""
+
+    def __init__(self, config: Config, mesh: Mesh, eos_id: int) -> None:
+        self.config, self.mesh, self.eos_id = config, mesh, eos_id
+        self.step = 0
+        self.trained_targets = 0
+        head_dim, dtype = config.model.dim // config.model.n_heads, param_dtype(config, mesh.device.type)
+        self.backend = resolve_backend(
+            config.model.attention,
+            device_type=mesh.device.type,
+            seq_len=config.training.seq_len,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+        check_backend(self.backend, mesh.device, dtype, head_dim)
+        self.model = build_model(config, mesh)
+        init_weights(self.model, lambda name: initial_mean_std(name, config.model), config.training.seed)
+        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        self.guard = NonFiniteGuard(mesh.device, sticky=config.training.on_nonfinite == "stop")
+
+    def train_step(self, rows: Tensor, num_targets: int) -> StepResult:
+        """One optimiser step over the global batch. Collective; no device sync.
+
+        rows is this dp rank's [B, seq_len + 1] int64, num_targets the valid targets of all ranks' rows together.
+        """
+        training, self.step = self.config.training, self.step + 1
+        micro_batches = rows.split(training.local_batch_size)
+        # FSDP2 averages gradients over dp ranks; times dp_degree is their sum, so each target weighs 1 / num_targets.
+        weight = self.mesh.dp_degree / max(num_targets, 1)
+        losses = []
+        for i, micro_batch in enumerate(micro_batches):
+            cast(FSDPModule, self.model).set_requires_all_reduce(i == len(micro_batches) - 1)
+            losses.append(self._forward_backward(micro_batch, weight))
+        lr = learning_rate(self.step, training.steps, self.config.optimizer.lr, self.config.lr_scheduler)
+        loss, norm = self._update(torch.stack(losses).sum(), lr)
+        self.trained_targets += num_targets
+        return StepResult(loss, norm, lr)
+
+    def _forward_backward(self, rows: Tensor, weight: float) -> Tensor:
+        rows = rows.to(self.mesh.device, non_blocking=True)
+        tokens = rows[:, :-1]
+        documents = build_documents(tokens, self.eos_id, self.backend)
+        with self._loss_context():
+            hidden = self.model(tokens, documents)
+            loss = cross_entropy_sum(hidden, self.model.output, labels(rows, self.eos_id)) * weight
+            loss.backward()
+        loss = loss.detach()
+        return loss.to_local() if isinstance(loss, DTensor) else loss
+
+    def _loss_context(self) -> AbstractContextManager[None]:
+        return loss_parallel() if self.mesh.tp.size() > 1 else nullcontext()
+
+    def _update(self, loss: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        """Clip and update, unless the loss or the gradient is not finite. Returns the global loss and gradient norm."""
+        square_sum = local_square_sum(p.grad for p in self.model.parameters() if p.grad is not None)
+        # Every rank weighed its targets by dp_degree, and tp peers hold the same loss.
+        totals = torch.stack([square_sum.to(loss), loss / dist.get_world_size()])
+        dist.all_reduce(totals)
+        norm, loss = totals[0].sqrt(), totals[1]
+        self.guard.observe(self.step, torch.isfinite(totals).all())
+        if self.config.training.max_norm > 0:
+            clip_grads_with_norm_(self.model.parameters(), self.config.training.max_norm, norm)
+        set_lr(self.optimizer, lr)
+        self.optimizer.found_inf = self.guard.found_inf  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by name: `model.<parameter>` and `optimizer.<moment>.<parameter>`."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            for key, value in self.optimizer.state[p].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        return tensors
