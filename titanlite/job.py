@@ -1,0 +1,245 @@
+"""One training job: what the loop in train.py needs, opened in order, resumed, and closed in order.
+
+It knows the run folder and the other ranks; it does not know how a step is computed (trainer.py does).
+"""
+
+import os
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titanlite.checkpoint import Checkpointer, CheckpointError, decide_start
+from titanlite.config import Config, diff, dump_toml, resolve_degrees
+from titanlite.data import Batch, build_loader
+from titanlite.log import logger
+from titanlite.model import check_rule, labels, num_parameters
+from titanlite.parallel.mesh import build_mesh, init_process_group, set_timeout
+from titanlite.profiling import Profiling
+from titanlite.report import Report
+from titanlite.runtime import (
+    RunFailed,
+    StopSignal,
+    agree,
+    agreed,
+    claim_run_folder,
+    describe_environment,
+    read_json,
+    write_json,
+)
+from titanlite.tokenizer import Tokenizer
+from titanlite.trainer import StepResult, Trainer
+
+
+@dataclass(frozen=True)
+class Step:
+    """The next step's rows of this rank, and what all ranks know about the whole global batch."""
+
+    rows: Tensor
+    num_targets: int
+    num_documents: int
+    fingerprint: str
+    batch: Batch
+
+
+class Job:
+    """The open parts of a run. Use as a context; every rank makes one, and all of its methods are collective."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder = Path(config.job.dump_folder)
+        self._stack = ExitStack()
+        self._claimed = False
+        self._saved_step = -1
+        self._warm = False  # a step was made in this process
+
+    def __enter__(self) -> "Job":
+        try:
+            self._open()
+        except BaseException as error:
+            self._close(error)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        self._close(error)
+
+    def _close(self, error: BaseException | None) -> None:
+        if error is not None and self._claimed:
+            self.set_status("failed", None, reason=f"{type(error).__name__}: {error}")
+        self._stack.close()
+        if error is None or isinstance(error, (RunFailed, CheckpointError)):  # the same on every rank: none still waits
+            dist.destroy_process_group()
+
+    def _open(self) -> None:
+        config = self.config
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        if config.training.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        init_process_group(device_type, config.comm.init_timeout_seconds)
+        self.mesh = build_mesh(device_type, *resolve_degrees(config.parallelism, dist.get_world_size()))
+        self.stop = StopSignal()
+        self._stack.enter_context(claim_run_folder(self.folder))
+        self._claimed = True
+        self.set_status("starting", None)
+        checkpoint = config.checkpoint
+        # Also without saving: init_from reads through it.
+        self.checkpointer = Checkpointer(
+            str(self.folder / "checkpoint"),
+            keep_latest_k=checkpoint.keep_latest_k,
+            async_save=checkpoint.async_mode == "async",
+        )
+        path = decide_start(checkpoint, self.checkpointer)
+        meta = self.checkpointer.read_meta(path) if path else {}
+        self._open_data(meta)
+        self._open_trainer()
+        if path:
+            self._load(path, meta)
+        elif checkpoint.init_from:
+            weights = {name: t for name, t in self.trainer.state().items() if name.startswith("model.")}
+            self.checkpointer.load(checkpoint.init_from, weights, prefix="model.")
+        self._open_logs(meta.get("skipped_steps", 0))
+
+    def _open_data(self, meta: dict[str, Any]) -> None:
+        config = self.config
+        with agreed():
+            self.tokenizer = Tokenizer.load(config.tokenizer.path)
+            if self.tokenizer.vocab_size > config.model.vocab_size:
+                raise ValueError(
+                    f"model.vocab_size = {config.model.vocab_size} is less than the {self.tokenizer.vocab_size} ids of"
+                    f" the tokenizer in tokenizer.path = {config.tokenizer.path!r}: raise model.vocab_size"
+                )
+            self.loader = build_loader(
+                config.data,
+                self.tokenizer,
+                seq_len=config.training.seq_len,
+                global_batch_size=config.training.global_batch_size,
+                seed=config.training.seed,
+                dp_rank=self.mesh.dp_rank,
+                dp_degree=self.mesh.dp_degree,
+                cursor=meta.get("cursor"),
+                saved_corpus=read_json(self.folder / "corpus.json"),
+                pin_memory=self.mesh.device.type == "cuda",
+            )
+        self._stack.callback(self.loader.close)
+        self.cursor, self.ledger = meta.get("cursor", {}), meta.get("ledger", {})
+
+    def _open_trainer(self) -> None:
+        with agreed():
+            self.trainer = Trainer(self.config, self.mesh, self.tokenizer.eos_id)
+        logger.info(
+            "model: %s parameters, attention = %s, %s on %s",
+            f"{num_parameters(self.config.model):,}",
+            self.trainer.backend,
+            self.mesh.describe,
+            self.mesh.device.type,
+        )
+
+    def _load(self, path: str, meta: dict[str, Any]) -> None:
+        self.checkpointer.load(path, self.trainer.state())
+        self.trainer.step = self._saved_step = meta["step"]
+        self.trainer.trained_targets = meta["trained_targets"]
+        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(meta["rng"]), dtype=torch.uint8))
+        for line in diff(meta["config"], self.config):
+            logger.warning("changed since the checkpoint: %s", line)
+
+    def _open_logs(self, skipped_before: int) -> None:
+        if dist.get_rank() == 0:
+            (self.folder / "config.toml").write_text(dump_toml(self.config))
+            write_json(self.folder / "env.json", describe_environment())
+            write_json(self.folder / "corpus.json", self.loader.corpus)
+        with agreed():
+            self.profiling = Profiling(
+                self.config.profiling,
+                folder=self.folder,
+                rank=dist.get_rank(),
+                device=self.mesh.device,
+                start_step=self.trainer.step,
+            )
+        self._stack.enter_context(self.profiling)
+        num_documents = self.loader.corpus["num_documents"]
+        self.report = Report(self.config, self.trainer, num_documents, skipped_before)
+        self._stack.enter_context(self.report)
+        self.set_status("running", self.trainer.step)
+
+    def set_status(self, state: str, step: int | None, **facts: Any) -> None:
+        if dist.get_rank() == 0:
+            write_json(self.folder / "status.json", {"state": state, "step": step, "pid": os.getpid(), **facts})
+
+    def next_step(self) -> Step | None:
+        """The next step's data; None when any rank was asked to stop. A data error on any rank is raised on all."""
+        batch, problem = None, None
+        with self.report.throughput.waiting_for_data():
+            try:
+                batch = next(self.loader)
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        shares = torch.zeros(5, dtype=torch.int64)
+        shares[3], shares[4] = self.stop.received is not None, problem is not None
+        if batch is not None and self.mesh.tp.get_local_rank() == 0:
+            shares[0] = (labels(batch.rows, self.tokenizer.eos_id) >= 0).sum()
+            shares[1] = sum(len(starts) for starts in batch.starts)
+            shares[2] = torch.tensor(batch.fingerprint_part, dtype=torch.uint64).view(torch.int64)
+        dist.all_reduce(shares)  # on the CPU: the step's facts are known to every host, and no device waits
+        num_targets, num_documents, fingerprint, stop, problems = shares.tolist()
+        if problems:
+            agree(problem)
+        if stop:
+            logger.warning("%s: saving a checkpoint and stopping", self.stop.received or "another rank was signalled")
+            return None
+        assert batch is not None
+        if not self._warm:
+            with agreed():
+                check_rule(batch.rows, batch.starts, self.tokenizer.eos_id)
+        return Step(batch.rows, num_targets, num_documents, f"{fingerprint % 2**64:016x}", batch)
+
+    def finish_step(self, step: Step, result: StepResult) -> None:
+        """Book the step: cursor, logs at logged steps, a checkpoint where one is due."""
+        number, config = self.trainer.step, self.config
+        self.cursor, self.ledger = step.batch.cursor, step.batch.ledger
+        self.report.step(
+            result, step.fingerprint, num_documents=step.num_documents, cursor=self.cursor, ledger=self.ledger
+        )
+        if number % config.checkpoint.interval == 0:
+            self.save()
+        self.profiling.step()
+        if not self._warm:
+            set_timeout(self.mesh, config.comm.train_timeout_seconds)
+            self._warm = True
+
+    def save(self) -> None:
+        """Save a checkpoint of the step that was finished last, once."""
+        if not self.config.checkpoint.enable or self._saved_step == self.trainer.step:
+            return
+        skipped = self.report.check_finite()
+        with self.report.throughput.paused() as watch:
+            self.checkpointer.save(self.trainer.step, self.trainer.state(), self._meta(skipped))
+        self._saved_step = self.trainer.step
+        self.report.saved(watch.seconds)
+
+    def _meta(self, skipped: int) -> dict[str, Any]:
+        return {
+            "step": self.trainer.step,
+            "trained_targets": self.trainer.trained_targets,
+            "skipped_steps": skipped,
+            "cursor": self.cursor,
+            "ledger": self.ledger,
+            "corpus": {key: value for key, value in self.loader.corpus.items() if key != "files"},
+            "layout": self.mesh.describe,
+            "rng": bytes(torch.get_rng_state().tolist()).hex(),
+            "config": asdict(self.config),
+        }
+
+    def finish(self, state: str) -> None:
+        """The end of a run that is finished or preempted: save, wait until it is on disk, say so."""
+        self.save()
+        self.checkpointer.wait()
+        self.set_status(state, self.trainer.step)
+        path = self.folder / "checkpoint" / f"step-{self.trainer.step:08d}"
+        checkpoint = str(path) if self.config.checkpoint.enable else "none (checkpoint.enable = false)"
+        logger.info("%s\n%s", state, self.report.summary(self.ledger, checkpoint) or "no step was made")

@@ -1,0 +1,143 @@
+"""What a job says while it runs: every step to the cursor log, logged steps to console, metrics and TensorBoard.
+
+It also reads, at the same moments, whether loss and gradients are finite, because both wait for the device.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from titanlite.config import Config
+from titanlite.log import logger
+from titanlite.metrics import RunLog, StepMetrics, Throughput, peak_flops, peak_memory_gib, summary
+from titanlite.model import flops_per_token
+from titanlite.runtime import RunFailed
+from titanlite.trainer import StepResult, Trainer
+
+
+class Report:
+    """Reports on a trainer from its current step on. Every rank has one; rank 0's writes. A context."""
+
+    def __init__(self, config: Config, trainer: Trainer, num_documents: int, skipped_before: int) -> None:
+        self._config, self._trainer, self._num_documents = config, trainer, num_documents
+        self._folder = Path(config.job.dump_folder)
+        self._skipped_before = skipped_before  # updates left out before the last resume
+        self._start_step, self._start_time = trainer.step, time.time()
+        self._fingerprints: dict[int, str] = {}  # of the steps since the last logged one, to name a bad one
+        self._last: StepMetrics | None = None
+        self._stack = ExitStack()
+        training = config.training
+        self.throughput = Throughput(
+            step=trainer.step,
+            tokens=trainer.trained_targets,
+            num_devices=dist.get_world_size(),
+            flops_per_step=flops_per_token(config.model, training.seq_len)
+            * (training.global_batch_size * training.seq_len),
+            peak_flops=peak_flops(torch.cuda.get_device_name()) if trainer.mesh.device.type == "cuda" else None,
+        )
+        self._run_log = None
+        if dist.get_rank() == 0:
+            self._run_log = self._stack.enter_context(
+                RunLog(
+                    self._folder,
+                    start_step=trainer.step,
+                    total_steps=training.steps,
+                    enable_tensorboard=config.metrics.enable_tensorboard,
+                )
+            )
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def step(
+        self,
+        result: StepResult,
+        fingerprint: str,
+        *,
+        num_documents: int,
+        cursor: Mapping[str, Any],
+        ledger: Mapping[str, int],
+    ) -> None:
+        """The trainer made a step with this batch, which holds num_documents pieces of documents. May `check_finite`."""
+        number, config = self._trainer.step, self._config
+        self._fingerprints[number] = fingerprint
+        if self._run_log is not None:
+            self._run_log.step(number, fingerprint, cursor)
+        if number != 1 and number % config.metrics.log_freq and number != config.training.steps:
+            return
+        loss, grad_norm = result.loss.item(), result.grad_norm.item()
+        speed = self.throughput.read(number, self._trainer.trained_targets)
+        self._last = StepMetrics(
+            step=number,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=result.lr,
+            tokens=self._trainer.trained_targets,
+            tokens_per_second=speed.tokens_per_second,
+            tokens_per_second_per_device=speed.tokens_per_second_per_device,
+            mfu=speed.mfu,
+            data_wait_fraction=speed.data_wait_fraction,
+            step_time_seconds=speed.step_time_seconds,
+            peak_memory_gib=peak_memory_gib(self._trainer.mesh.device),
+            batch_fingerprint=fingerprint,
+        )
+        if self._run_log is not None:
+            self._run_log.log(
+                self._last,
+                documents_per_row=num_documents / config.training.global_batch_size,
+                epoch=ledger["documents"] / self._num_documents,
+                bad_records=ledger["bad_records"],
+            )
+        self.check_finite()
+        self._fingerprints.clear()
+
+    def check_finite(self) -> int:
+        """The number of updates left out so far. Waits for the device; the same on every rank.
+
+        Raises RunFailed, naming the first bad step, where the config says that the run must stop.
+        """
+        training = self._config.training
+        first, num_bad = self._trainer.guard.read()
+        skipped = self._skipped_before + num_bad
+        if num_bad == 0:
+            return skipped
+        batch = f" (batch {self._fingerprints[first]})" if first in self._fingerprints else ""
+        what = f"the loss or gradient of step {first}{batch} is not finite"
+        if training.on_nonfinite == "stop":
+            raise RunFailed(f"{what}: no update was made from that step on, and no checkpoint saved")
+        if skipped > training.max_skipped_steps:
+            raise RunFailed(
+                f"{what}, and {skipped} updates were left out, more than training.max_skipped_steps ="
+                f" {training.max_skipped_steps}"
+            )
+        logger.warning("%s; updates left out so far: %d", what, skipped)
+        return skipped
+
+    def saved(self, seconds: float) -> None:
+        """A save held training up for so long."""
+        if self._run_log is not None:
+            self._run_log.scalars(self._trainer.step, checkpoint_seconds=seconds)
+
+    def summary(self, ledger: Mapping[str, int], checkpoint: str) -> str | None:
+        """The end-of-run text; None where this process made no step."""
+        if self._last is None:
+            return None
+        return summary(
+            self._folder,
+            start_step=self._start_step,
+            step=self._trainer.step,
+            loss=self._last.loss,
+            epoch=ledger["documents"] / self._num_documents,
+            wall_seconds=time.time() - self._start_time,
+            tokens_per_second=self._last.tokens_per_second,
+            ledger=ledger,
+            checkpoint=checkpoint,
+        )

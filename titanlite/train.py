@@ -1,0 +1,66 @@
+"""Train a model: python -m titanlite.train --job.config_file train_configs/debug.toml [--section.key value ...]
+
+Under torchrun every process is a rank; alone it is a job of one. `--help` explains every key.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titanlite.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from titanlite.job import Job
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 finished or preempted (status.json says which), 1 a failure told in one line."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv)
+    except ConfigError as error:
+        if rank == 0:
+            print(error, file=sys.stderr)
+        return 1
+    # From here on torch is imported, which takes seconds: a config error should not.
+    from titanlite.log import init_logging, logger
+    from titanlite.runtime import RunFailed, read_json
+
+    init_logging(rank)
+    status = read_json(Path(config.job.dump_folder) / "status.json")
+    if status.get("state") == "finished" and status["step"] >= config.training.steps:
+        logger.info(
+            "the run in %s is finished at step %d: nothing to do (raise training.steps to go on, or name another"
+            " job.dump_folder)",
+            config.job.dump_folder,
+            status["step"],
+        )
+        return 0
+    from titanlite.checkpoint import CheckpointError
+    from titanlite.job import Job
+
+    try:
+        with Job(config) as job:
+            train(job, config)
+    except (RunFailed, CheckpointError) as error:  # the same on every rank
+        if rank == 0:
+            print(f"titanlite: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(job: "Job", config: Config) -> None:
+    """The training loop."""
+    while job.trainer.step < config.training.steps:
+        step = job.next_step()
+        if step is None:
+            job.finish("preempted")
+            return
+        result = job.trainer.train_step(step.rows, step.num_targets)
+        job.finish_step(step, result)
+    job.finish("finished")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
