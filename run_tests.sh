@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Lint, format, types and tests: ./run_tests.sh [--slow] [pytest arguments]
+# --slow adds the slow tests. Set PYTHON to choose the interpreter; needs no network once .venv is made.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+. "$root/scripts/environment.sh"
+cd "$root"
+use_environment torch pytest pytest_timeout hypothesis transformers tokenizers ruff mypy
+export HF_HUB_OFFLINE=1
+
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+"$python" -m mypy
+exec "$python" -m pytest "$@"
