@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, and no deadline: a busy machine must not turn a property test red.
+settings.register_profile("titanlite", deadline=None, derandomize=True)
+settings.load_profile("titanlite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
