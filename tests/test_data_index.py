@@ -1,0 +1,242 @@
+"""The index of a jsonl file: right for any bytes, built once by many, rebuilt when damaged, never half there."""
+
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.gloo import ranks
+from titanlite.data import index
+from titanlite.data.index import content_digest, load_index
+
+
+def load(path: Path, cache: Path) -> np.ndarray:
+    size = path.stat().st_size
+    return load_index(str(path), size, content_digest(str(path), size), str(cache))
+
+
+def naive_bounds(content: bytes) -> list[int]:
+    pieces = content.split(b"\n")
+    if not pieces[-1]:
+        pieces.pop()  # what follows the last newline is no record
+    bounds = [0]
+    for piece in pieces:
+        bounds.append(min(bounds[-1] + len(piece) + 1, len(content)))
+    return bounds
+
+
+@pytest.fixture
+def built(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Log lines of the builds so far, filled as they come."""
+    lines: list[str] = []
+    caplog.set_level(logging.INFO, logger="titanlite")
+    caplog.handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    return lines
+
+
+@given(content=st.lists(st.sampled_from([b"\n", b"a", b"\r\n", b"\0", b"xyz", b"\n\n"]), max_size=60).map(b"".join))
+def test_bounds_equal_a_naive_split(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    folder = tmp_path_factory.mktemp("index")
+    (folder / "a.jsonl").write_bytes(content)
+    bounds = load(folder / "a.jsonl", folder)
+    assert bounds.tolist() == naive_bounds(content)
+    assert bounds.dtype == np.int64
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
+def test_records_may_cross_the_blocks_of_the_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(index, "_SCAN_BYTES", block)
+    content = b'{"text": "one"}\n\n\n{"text": "two"}\r\n' + b"x" * 100 + b"\nlast without newline"
+    (tmp_path / "a.jsonl").write_bytes(content)
+    assert load(tmp_path / "a.jsonl", tmp_path).tolist() == naive_bounds(content)
+
+
+def test_scan_needs_the_memory_of_a_block_whatever_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x" * 40_000_000 + b"\n")
+    tracemalloc.start()
+    try:
+        assert load(path, tmp_path).tolist() == [0, 40_000_001]
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_index_is_kept_by_content_and_serves_copies(tmp_path: Path, built: list[str]) -> None:
+    path, copy, cache = tmp_path / "a.jsonl", tmp_path / "copy.jsonl", tmp_path / "cache"
+    path.write_bytes(b"1\n22\n")
+    load(path, cache)
+    os.utime(path, (1, 1))
+    copy.write_bytes(b"1\n22\n")
+    assert load(path, cache).tolist() == load(copy, cache).tolist() == [0, 2, 5]
+    assert len(built) == 1
+    copy.write_bytes(b"11\n2\n")  # same size, other content
+    assert load(copy, cache).tolist() == [0, 3, 5]
+    assert len(built) == 2
+
+
+def test_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_bytes(b"1\n")
+    load_index(str(tmp_path / "a.jsonl"), 2, "content", "")
+    assert len(list((tmp_path / "titanlite").glob("*.index"))) == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "longer", "flip in header", "flip in offsets", "other file"])
+def test_damaged_index_is_seen_and_built_again(tmp_path: Path, built: list[str], damage: str) -> None:
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_bytes(b"1\n22\n333\n")
+    load(path, cache)
+    (stored,) = cache.glob("*.index")
+    good = stored.read_bytes()
+    flip = {"flip in header": 40, "flip in offsets": 70}.get(damage, 0)
+    stored.write_bytes(
+        {
+            "empty": b"",
+            "cut": good[:-8],
+            "longer": good + bytes(8),
+            "other file": good.replace(good[16:32], bytes(16)),
+        }.get(damage, good[:flip] + bytes([good[flip] ^ 4]) + good[flip + 1 :])
+    )
+    assert load(path, cache).tolist() == [0, 2, 5, 9]
+    assert stored.read_bytes() == good
+    assert [line for line in built if "damaged" in line]
+
+
+def test_folder_that_cannot_be_written_is_named_with_its_key(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"1\n")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data\.cache_dir = '.*/file/cache': cannot write the index of .*a\.jsonl"):
+        load(tmp_path / "a.jsonl", tmp_path / "file" / "cache")
+
+
+def test_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.jsonl").write_bytes(b"1\n")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"data\.cache_dir.*No space left on device"):
+        load(tmp_path / "a.jsonl", tmp_path / "cache")
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_read_only_folder_with_the_index_in_it_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"1\n")
+    load(tmp_path / "a.jsonl", tmp_path / "cache")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "makedirs", refuse)  # nothing may be attempted; chmod would not stop root
+    assert load(tmp_path / "a.jsonl", tmp_path / "cache").tolist() == [0, 2]
+
+
+def test_file_that_grows_meanwhile_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"1\n2\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl changed from 2 to 4 bytes"):
+        load_index(str(tmp_path / "a.jsonl"), 2, "content", str(tmp_path))
+
+
+def build_on_a_rank(path: str, cache: str, without_locks: bool) -> tuple[list[int], int]:
+    """Bounds, and how many indices this process built; slow, so that the processes overlap."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    index.logger.addHandler(handler)
+    index.logger.setLevel(logging.INFO)
+    scan, flock = index._read_blocks, fcntl.flock
+
+    def slow_scan(*args):  # type: ignore[no-untyped-def]
+        for count in scan(*args):
+            time.sleep(0.2)
+            yield count
+
+    def no_lock(*args: object) -> None:
+        raise OSError(37, "No locks available")
+
+    index._read_blocks = slow_scan
+    if without_locks:
+        fcntl.flock = no_lock  # type: ignore[assignment]
+    try:
+        return load(Path(path), Path(cache)).tolist(), sum("indexed" in line for line in lines)
+    finally:
+        index._read_blocks, fcntl.flock = scan, flock
+        index.logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("without_locks", [False, True])
+def test_processes_that_start_at_once_build_once_and_agree(tmp_path: Path, without_locks: bool) -> None:
+    content = b"".join(b"%d\n" % (i**3) for i in range(1000))
+    (tmp_path / "a.jsonl").write_bytes(content)
+    results = ranks(4).run(build_on_a_rank, str(tmp_path / "a.jsonl"), str(tmp_path / "cache"), without_locks)
+    assert all(bounds == naive_bounds(content) for bounds, _ in results)
+    assert sum(number for _, number in results) == 1 or without_locks
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+def test_killed_build_leaves_no_index_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    content = b"".join(b"%d\n" % (i**3) for i in range(300_000))
+    (tmp_path / "a.jsonl").write_bytes(content)
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from tests.test_data_index import index, load\n"
+        "scan = index._read_blocks\n"
+        "def slow(*args):\n"
+        "    for count in scan(*args):\n"
+        "        yield count\n"
+        "        print('.', flush=True)\n"
+        "        time.sleep(600)\n"
+        "index._read_blocks = slow\n"
+        "load(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.jsonl"), str(tmp_path / "cache")]
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b".\n"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert [p.suffix for p in sorted((tmp_path / "cache").iterdir())] == [".lock", ".tmp"]
+    start = time.monotonic()
+    assert load(tmp_path / "a.jsonl", tmp_path / "cache").tolist() == naive_bounds(content)
+    assert time.monotonic() - start < 5  # nobody waits for the dead
+    assert [p.suffix for p in sorted((tmp_path / "cache").iterdir())] == [".index", ".lock"]
+
+
+def test_log_lines_show_progress_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: list[str]
+) -> None:
+    monkeypatch.setattr(index, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(index, "_SCAN_BYTES", 2)
+    (tmp_path / "a.jsonl").write_bytes(b"1\n2\n")
+    load(tmp_path / "a.jsonl", tmp_path)
+    assert [line for line in built if "50% of 4 bytes" in line]
+
+
+def test_digest_samples_a_big_file_at_both_ends_and_between(tmp_path: Path) -> None:
+    path, size = tmp_path / "big", 1_000_000
+    path.write_bytes(bytes(size))
+    before = content_digest(str(path), size)
+    changed = set()
+    for position in (0, size // 2, size - 1, *range(1000, size, 50_000)):
+        content = bytearray(size)
+        content[position] = 1
+        path.write_bytes(content)
+        if content_digest(str(path), size) != before:
+            changed.add(position)
+    assert {0, size - 1} <= changed  # the ends always; what lies between samples is not seen
+    assert content_digest(str(path), size - 1) != before

@@ -1,0 +1,189 @@
+"""Where the records of a jsonl file begin: an index of byte offsets, built once and shared by all ranks and jobs.
+
+Owns the index file: its format, its name (content, never time stamps: a copied corpus stays valid), its safe creation
+by several processes at once, and the sampled content hash that also names text files. Refuses to interpret records.
+"""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import os
+import socket
+import struct
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from titanlite.log import logger
+
+_FORMAT = 1  # part of the key: a new format never reads an old file
+_MAGIC = b"titanlite-index\n"
+_HEADER = struct.Struct("<16s16sQQI12x")  # magic, key, bytes of the jsonl file, records, crc32; 64 bytes
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+_SCAN_BYTES = 1 << 20  # the block stays in the processor's cache; larger blocks scanned slower
+_LOG_SECONDS = 10.0
+
+
+def content_digest(path: str, size: int) -> str:
+    """Hash (32 hex digits) of a file's size and content: all of it up to 64 KiB, else 16 even samples of 4 KiB."""
+    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
+    with open(path, "rb", buffering=0) as file:
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(file.read())
+        else:
+            for k in range(_SAMPLES):
+                file.seek(k * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def load_index(path: str, size: int, content: str, cache_dir: str) -> np.ndarray:
+    """Record boundaries of a jsonl file, int64 [num_records + 1], memory-mapped; record k is bytes [b[k], b[k + 1]).
+
+    A record is what a newline ends; the empty piece after the last newline is none. The index is taken from
+    `cache_dir` (empty: $XDG_CACHE_HOME/titanlite, else ~/.cache/titanlite) or built there, while other processes wait
+    for it. Raises ValueError where the folder cannot be written.
+    """
+    key = hashlib.blake2b(f"{_FORMAT} {size} {content}".encode(), digest_size=16).digest()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    folder = os.path.expanduser(cache_dir or os.path.join(cache, "titanlite"))
+    index_path = os.path.join(folder, f"jsonl-{key.hex()}.index")
+    bounds = _open(index_path, key, size)
+    if bounds is not None:
+        return bounds
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with _lock(index_path + ".lock") as alone:
+            bounds = _open(index_path, key, size)  # another process may have built it meanwhile
+            if bounds is None:
+                if os.path.exists(index_path):
+                    logger.warning(f"{index_path} is damaged: building it again")
+                _build(path, size, key, index_path, clean_up=alone)
+                bounds = _open(index_path, key, size)
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir = {cache_dir!r}: cannot write the index of {path} to {folder} ({error.strerror}); "
+            "name a folder that can be written and has room"
+        ) from error
+    assert bounds is not None, f"{index_path} is not what was just written"
+    return bounds
+
+
+def _open(index_path: str, key: bytes, size: int) -> np.ndarray | None:
+    """The boundaries, or None where the file is absent, of another format, cut short or damaged."""
+    try:
+        with open(index_path, "rb") as file:
+            header = file.read(_HEADER.size)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ValueError(f"data.cache_dir: cannot read {index_path} ({error.strerror})") from error
+    if len(header) == _HEADER.size:
+        magic, its_key, its_size, num_records, crc = _HEADER.unpack(header)
+        whole = os.path.getsize(index_path) == _HEADER.size + 8 * (num_records + 1)
+        if whole and (magic, its_key, its_size) == (_MAGIC, key, size):
+            bounds = np.memmap(index_path, np.dtype("<i8"), "r", _HEADER.size)
+            if _checksum(zlib.crc32(bounds.data), num_records) == crc:
+                return np.asarray(bounds)  # a plain view: indexing a memmap object is ten times slower
+    return None
+
+
+def _checksum(crc: int, num_records: int) -> int:
+    return zlib.crc32(num_records.to_bytes(8, "little"), crc)
+
+
+@contextlib.contextmanager
+def _lock(path: str) -> Iterator[bool]:
+    """Hold the lock file; yields False where the file system knows no locks: work is then duplicated, not wrong."""
+    with open(path, "ab") as file:
+        waited, told, held = 0.0, 0.0, False
+        while not held:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except BlockingIOError:
+                if waited >= told:
+                    logger.info(f"waiting for another process that builds an index ({path} is locked)")
+                    told += _LOG_SECONDS
+                time.sleep(0.05)
+                waited += 0.05
+            except OSError:
+                break
+        yield held
+
+
+def _build(path: str, size: int, key: bytes, index_path: str, clean_up: bool) -> None:
+    """Write the index under a name of its own, then rename it: a reader sees all of it or nothing."""
+    prefix = f"{os.path.basename(index_path)}.{socket.gethostname()}."
+    folder = os.path.dirname(index_path)
+    if clean_up:  # leftovers of killed processes; another host may not see our lock, so only this host's
+        for leftover in glob.glob(glob.escape(os.path.join(folder, prefix)) + "*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
+    handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(bytes(_HEADER.size))
+            start = time.monotonic()
+            crc, num_records = 0, -1
+            for bounds in _scan(path, size):
+                crc = zlib.crc32(bounds.data, crc)
+                num_records += len(bounds)
+                out.write(bounds.data)
+            out.seek(0)
+            out.write(_HEADER.pack(_MAGIC, key, size, num_records, _checksum(crc, num_records)))
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from the group that shares the folder
+        os.replace(temporary, index_path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    logger.info(f"indexed {path}: {num_records:,} records, {size:,} bytes in {time.monotonic() - start:.1f} s")
+
+
+def _scan(path: str, size: int) -> Iterator[np.ndarray]:
+    """0, then the end of each record, in memory of one block. Shows a bar on a terminal, log lines elsewhere."""
+    buffer = np.empty(_SCAN_BYTES, np.uint8)
+    position, end, next_log = 0, 0, time.monotonic() + _LOG_SECONDS
+    bar = tqdm(
+        total=size,
+        desc=f"indexing {os.path.basename(path)}",
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
+    yield np.zeros(1, "<i8")
+    with bar:
+        for count in _read_blocks(path, buffer):
+            ends = np.flatnonzero(buffer[:count] == ord("\n")).astype("<i8") + (position + 1)
+            position += count
+            end = int(ends[-1]) if len(ends) else end
+            yield ends
+            bar.update(count)
+            if bar.disable and time.monotonic() >= next_log:
+                logger.info(f"indexing {path}: {position / size:.0%} of {size:,} bytes")
+                next_log = time.monotonic() + _LOG_SECONDS
+    if position != size:
+        raise ValueError(f"{path} changed from {size:,} to {position:,} bytes while it was indexed; start again")
+    if end != size:  # the last record has no newline
+        yield np.array([size], "<i8")
+
+
+def _read_blocks(path: str, buffer: np.ndarray) -> Iterator[int]:
+    """Fill `buffer` again and again; yields the number of bytes in it."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer.data):
+                yield count
+    except OSError as error:
+        raise ValueError(f"data.paths: cannot read {path} ({error.strerror})") from error
