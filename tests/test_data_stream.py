@@ -1,0 +1,241 @@
+"""The order of documents is a permutation in every epoch, and documents become chunks without a loss."""
+
+import collections
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tests.byte_tokenizer import ByteTokenizer
+from titanlite.data.source import RecordError, SourceError
+from titanlite.data.stream import Cursor, DocumentOrder, permute, read_chunk, splitmix64
+
+MASK = (1 << 64) - 1
+
+
+def splitmix64_in_python(x: int) -> int:
+    z = (x + 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def documents_in_python(num_documents: int, seed: int, block: int, counter: int) -> int:
+    """DocumentOrder.documents for one counter, written a second time: integers, loops and a list of blocks."""
+
+    def image(x: int, size: int, key: int) -> int:
+        half = max(3, ((size - 1).bit_length() + 1) // 2)
+        while True:
+            left, right = x >> half, x % (1 << half)
+            for r in range(6):
+                left, right = right, left ^ (splitmix64_in_python(key ^ right ^ (r << 56)) % (1 << half))
+            x = (left << half) + right
+            if x < size:
+                return x
+
+    epoch, place = divmod(counter, num_documents)
+    key = splitmix64_in_python(splitmix64_in_python(seed % (1 << 64)) ^ epoch)
+    blocks = [range(first, min(first + block, num_documents)) for first in range(0, num_documents, block)]
+    for b in (image(slot, len(blocks), key) for slot in range(len(blocks))):
+        if place < len(blocks[b]):
+            return blocks[b][image(place, len(blocks[b]), splitmix64_in_python(splitmix64_in_python(key) ^ b))]
+        place -= len(blocks[b])
+    raise AssertionError
+
+
+def epoch_of(order: DocumentOrder, epoch: int) -> np.ndarray:
+    return order.documents(epoch * order.num_documents + np.arange(order.num_documents))
+
+
+def test_splitmix64_gives_the_published_numbers() -> None:
+    # First outputs of the reference generator (splitmix64.c) seeded with 0 and with 1234567.
+    assert splitmix64(np.array([0, 1234567], np.uint64)).tolist() == [0xE220A8397B1DCDAF, 6457827717110365317]
+
+
+@given(st.lists(st.integers(0, MASK), min_size=1))
+def test_splitmix64_equals_python_integers(values: list[int]) -> None:
+    assert splitmix64(np.array(values, np.uint64)).tolist() == [splitmix64_in_python(x) for x in values]
+
+
+@given(st.integers(1, 3000), st.integers(0, MASK))
+@example(1, 0)
+@example(2, 0)
+@example(4097, 0)
+def test_permute_is_a_bijection_and_inverse_undoes_it(size: int, key: int) -> None:
+    x = np.arange(size, dtype=np.uint64)
+    keys = np.full(size, key, np.uint64)
+    y = permute(x, size, keys)
+    assert sorted(y.tolist()) == list(range(size))
+    assert permute(y, size, keys, inverse=True).tolist() == x.tolist()
+
+
+@given(
+    num_documents=st.integers(1, 500),
+    seed=st.integers(-(2**70), 2**70),
+    block=st.integers(0, 600),
+    epoch=st.sampled_from([0, 1, 2, 1000, 10**9]),
+)
+@example(num_documents=1, seed=0, block=1, epoch=0)
+@example(num_documents=10, seed=0, block=3, epoch=1)
+@example(num_documents=12, seed=0, block=3, epoch=1)
+def test_every_epoch_holds_every_document_once(num_documents: int, seed: int, block: int, epoch: int) -> None:
+    order = epoch_of(DocumentOrder(num_documents, seed, block), epoch).tolist()
+    assert sorted(order) == list(range(num_documents))
+    if not block:
+        assert order == list(range(num_documents))
+
+
+@given(
+    num_documents=st.integers(1, 60),
+    seed=st.integers(0, 2**32),
+    block=st.integers(0, 70),
+    counters=st.lists(st.integers(0, 2**40), min_size=1, max_size=50),
+)
+def test_a_counter_stands_for_the_same_document_however_it_is_asked(
+    num_documents: int, seed: int, block: int, counters: list[int]
+) -> None:
+    order = DocumentOrder(num_documents, seed, block)
+    together = order.documents(np.array(counters)).tolist()
+    assert together == [int(order.documents(np.array([c]))[0]) for c in counters]
+    if block:
+        assert together == [documents_in_python(num_documents, seed, block, c) for c in counters]
+
+
+def test_blocks_stay_together_and_the_short_block_wanders() -> None:
+    block, num_documents = 4, 11
+    places = set()
+    for seed in range(40):
+        order = epoch_of(DocumentOrder(num_documents, seed, block), 0) // block
+        runs = [int(b) for i, b in enumerate(order) if i == 0 or b != order[i - 1]]
+        assert sorted(runs) == [0, 1, 2]
+        places.add(runs.index(2))
+    assert places == {0, 1, 2}
+
+
+def test_order_differs_by_epoch_and_by_seed() -> None:
+    orders = {
+        tuple(epoch_of(DocumentOrder(300, seed, block), epoch).tolist())
+        for seed in (0, 1, 2, 2**63, -1)
+        for epoch in (0, 1, 2, 77)
+        for block in (64, 1000)
+    }
+    assert len(orders) == 5 * 4 * 2
+
+
+@pytest.mark.parametrize(("num_documents", "block"), [(3, 8), (5, 2), (16, 16), (37, 8), (100, 100)])
+def test_every_place_is_about_equally_likely(num_documents: int, block: int) -> None:
+    # Over 4000 epochs the first place must see every document about equally often (five standard deviations).
+    counters = np.arange(4000) * num_documents
+    seen = collections.Counter(DocumentOrder(num_documents, 7, block).documents(counters).tolist())
+    if num_documents % block == 0 or block >= num_documents:
+        mean = 4000 / num_documents
+        assert all(abs(seen[d] - mean) < 5 * mean**0.5 for d in range(num_documents)), seen
+    else:  # a document of the short block of r comes first with probability 1 / blocks / r
+        blocks, rest = -(-num_documents // block), num_documents % block
+        for document in range(num_documents):
+            size = rest if document >= num_documents - rest else block
+            mean = 4000 / blocks / size
+            assert abs(seen[document] - mean) < 5 * mean**0.5, (document, seen)
+
+
+def test_all_permutations_of_a_few_documents_are_about_equally_likely() -> None:
+    orders = DocumentOrder(5, 5, 5).documents(np.arange(60_000 * 5)).reshape(-1, 5)
+    counts = collections.Counter(map(tuple, orders.tolist()))
+    chi_square = sum((counts[p] - 500) ** 2 / 500 for p in itertools.permutations(range(5)))
+    assert abs(chi_square - 119) < 5 * (2 * 119) ** 0.5
+
+
+def test_order_is_the_one_that_checkpoints_rely_on() -> None:
+    # A change here changes the data order of every run that resumes.
+    assert epoch_of(DocumentOrder(10, 0, 4), 0).tolist() == [6, 4, 5, 7, 8, 9, 0, 2, 1, 3]
+    assert epoch_of(DocumentOrder(10, 0, 4), 1).tolist() == [0, 2, 3, 1, 8, 9, 4, 6, 5, 7]
+    far = DocumentOrder(10**12 + 7, 42, 4096).documents(np.array([0, 1, 10**12 + 6, 10**13]))
+    assert far.tolist() == [536303416464, 536303419308, 284771737718, 307456644887]
+
+
+def test_cursor_survives_json_like_dicts() -> None:
+    cursor = Cursor(*range(1, len(dataclasses.fields(Cursor)) + 1))
+    assert Cursor.from_dict(cursor.to_dict()) == cursor
+
+
+class Texts:
+    """Documents in a list; an exception in it is raised when it is read."""
+
+    def __init__(self, texts: list[str | BaseException]) -> None:
+        self.texts = texts
+
+    def size(self, documents: np.ndarray) -> np.ndarray:
+        return 10 * (documents + 1)
+
+    def locate(self, document: int) -> str:
+        return f"file:{document + 1}"
+
+    def read(self, document: int) -> str:
+        text = self.texts[document]
+        if isinstance(text, BaseException):
+            raise text
+        return text
+
+
+class PanicError(BaseException):
+    """As tiktoken's PanicException: no Exception."""
+
+
+def panics(text: str) -> np.ndarray:
+    if text == "panic":
+        raise PanicError("regex stack")
+    if text == "bug":
+        raise KeyError("bug")
+    return ByteTokenizer().encode_document(text)
+
+
+def chunk_of(texts: list[str | BaseException], skip: bool):  # type: ignore[no-untyped-def]
+    source = Texts(texts)
+    return read_chunk(source, panics, 7, np.arange(len(texts)), skip)  # type: ignore[arg-type]
+
+
+def test_chunk_holds_tokens_lengths_and_sizes() -> None:
+    chunk = chunk_of(["ab", "", "c"], skip=False)
+    assert chunk.ids.tolist() == [257, 97, 98, 256, 257, 256, 257, 99, 256]
+    assert chunk.ids.dtype == np.int32
+    assert chunk.lengths.tolist() == [4, 2, 3]
+    assert chunk.sizes.tolist() == [10, 20, 30]
+    assert (chunk.counter, chunk.bad_records, chunk.error) == (7, [], None)
+
+
+@pytest.mark.parametrize("bad", [RecordError("file:2: broken"), "panic"])
+def test_bad_record_ends_the_chunk_or_is_left_out(bad: str | BaseException) -> None:
+    stopped = chunk_of(["a", bad, "c"], skip=False)
+    assert stopped.lengths.tolist() == [3]
+    assert stopped.sizes.tolist() == [10]
+    assert isinstance(stopped.error, RecordError)
+    assert str(stopped.error).startswith("file:2: ")
+    assert 'data.on_bad_record = "skip"' in str(stopped.error)
+    skipped = chunk_of(["a", bad, "c"], skip=True)
+    assert skipped.lengths.tolist() == [3, 0, 3]
+    assert skipped.error is None
+    assert [str(b).split()[0] for b in skipped.bad_records] == ["file:2:"]
+
+
+@pytest.mark.parametrize("broken", [SourceError("file:2: gone"), "bug"])
+def test_what_is_no_fault_of_the_data_is_never_skipped(broken: str | BaseException) -> None:
+    chunk = chunk_of(["a", broken, "c"], skip=True)
+    assert chunk.lengths.tolist() == [3]
+    assert isinstance(chunk.error, RuntimeError)
+    assert "file:2: " in str(chunk.error)
+
+
+def test_keyboard_interrupt_is_not_a_bad_record() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        chunk_of([KeyboardInterrupt()], skip=True)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 10**15), st.integers(1, 10**6))
+def test_order_needs_no_memory_of_the_size_of_the_corpus(num_documents: int, block: int) -> None:
+    documents = DocumentOrder(num_documents, 3, block).documents(np.arange(100) * (num_documents // 100 + 1))
+    assert documents.min() >= 0
+    assert documents.max() < num_documents
