@@ -53,7 +53,7 @@ class Job:
         self.config = config
         self.folder = Path(config.job.dump_folder)
         self._stack = ExitStack()
-        self._claimed = False
+        self._joined = self._claimed = False
         self._saved_step = -1
         self._warm = False  # a step was made in this process
 
@@ -72,7 +72,8 @@ class Job:
         if error is not None and self._claimed:
             self.set_status("failed", None, reason=f"{type(error).__name__}: {error}")
         self._stack.close()
-        if error is None or isinstance(error, (RunFailed, CheckpointError)):  # the same on every rank: none still waits
+        # An agreed error is the same on every rank; after another one, a peer may still wait in a collective.
+        if self._joined and (error is None or isinstance(error, (RunFailed, CheckpointError))):
             dist.destroy_process_group()
 
     def _open(self) -> None:
@@ -81,7 +82,7 @@ class Job:
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        init_process_group(device_type, config.comm.init_timeout_seconds)
+        self._joined = init_process_group(device_type, config.comm.init_timeout_seconds)
         self.mesh = build_mesh(device_type, *resolve_degrees(config.parallelism, dist.get_world_size()))
         self.stop = StopSignal()
         self._stack.enter_context(claim_run_folder(self.folder))

@@ -66,7 +66,7 @@ class Report:
         cursor: Mapping[str, Any],
         ledger: Mapping[str, int],
     ) -> None:
-        """The trainer made a step with this batch, which holds num_documents pieces of documents. May `check_finite`."""
+        """The trainer made a step with a batch of num_documents pieces of documents. Raises as `check_finite` does."""
         number, config = self._trainer.step, self._config
         self._fingerprints[number] = fingerprint
         if self._run_log is not None:

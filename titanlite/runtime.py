@@ -12,12 +12,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote; empty where nothing was written yet."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
 
 
@@ -95,7 +96,7 @@ def claim_run_folder(folder: Path) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = open(folder / ".claim", "a+")  # noqa: SIM115  held until the job ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
             told = [f"{socket.gethostname()} pid {os.getpid()} {secrets.token_hex(8)}"]
             lock.truncate(0)
             lock.write(told[0])
@@ -119,6 +120,19 @@ def claim_run_folder(folder: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.close()
+
+
+def _lock(file: TextIO) -> None:
+    """Raise BlockingIOError where another process keeps the lock; one that was killed just now gets a moment to die."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def agree(problem: str | None) -> None:

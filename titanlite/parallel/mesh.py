@@ -56,19 +56,23 @@ def build_mesh(device_type: str, replicate: int, shard: int, tp: int) -> Mesh:
     return Mesh(init_device_mesh(device_type, (replicate, shard, tp), mesh_dim_names=axes))
 
 
-def init_process_group(device_type: str, timeout_seconds: int) -> None:
+def init_process_group(device_type: str, timeout_seconds: int) -> bool:
     """Join the job's process group; without torchrun's environment, be a job of one rank.
+
+    False where the caller has joined it already, and will leave it.
 
     Every attempt of an elastic job gets its own key space: torchrun keeps the store of a failed attempt alive, and
     gloo would dial the addresses of its dead workers (pytorch#135712).
     """
+    if dist.is_initialized():
+        return False
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
+        return True
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     server = dist.TCPStore(
@@ -81,6 +85,7 @@ def init_process_group(device_type: str, timeout_seconds: int) -> None:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"titanlite_attempt_{attempt}", server)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return True
 
 
 def set_timeout(mesh: Mesh, seconds: int) -> None:

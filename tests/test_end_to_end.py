@@ -1,0 +1,160 @@
+"""Whole runs of the real verb: what they leave behind, exact and elastic resume, a stop on request, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.gloo import ranks
+from tests.tiny_run import fingerprints, metrics, write_config
+from titanlite.train import main
+
+LAST = "checkpoint/step-00000008"
+
+
+def run(num_ranks: int, config: Path, *overrides: str) -> list[int]:
+    """Exit code of `python -m titanlite.train` on every rank of a group that is already there."""
+    return ranks(num_ranks).run(main, ["--job.config_file", str(config), *overrides])
+
+
+def state_of(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, read by torch alone."""
+    whole = scratch / "whole.pt"
+    dcp_to_torch_save(checkpoint, whole)
+    state: dict[str, torch.Tensor] = torch.load(whole)
+    return state
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished two-rank run of 8 steps, which other runs must reproduce."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert run(2, write_config(folder)) == [0, 0]
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_says(uninterrupted: Path) -> None:
+    folder = uninterrupted / "run"
+    rows = metrics(folder)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    keys = "step loss grad_norm lr tokens tokens_per_second tokens_per_second_per_device mfu data_wait_fraction"
+    assert " ".join(rows[0]) == f"{keys} step_time_seconds peak_memory_gib batch_fingerprint"
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1
+    assert rows[0]["mfu"] is None
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    cursors = [json.loads(line) for line in (folder / "cursor.jsonl").read_text().splitlines()]
+    assert [cursor["row"] for cursor in cursors] == [8 * step for step in range(1, 9)]
+    assert (folder / "config.toml").exists()
+    assert json.loads((folder / "env.json").read_text())["versions"]["torch"] == torch.__version__
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-00000004", "step-00000008"]
+    manifest = json.loads((folder / LAST / "manifest.json").read_text())
+    ledger = manifest["meta"]["ledger"]
+    assert ledger["targets"] == manifest["meta"]["trained_targets"] == rows[-1]["tokens"]
+    assert ledger["tokens_read"] == ledger["targets"] + ledger["document_first"] + ledger["carried"] + ledger["dropped"]
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+    names = set(FileSystemReader(folder / LAST).read_metadata().state_dict_metadata)
+    assert {"model.layers.1.attention.wq.weight", "optimizer.exp_avg.tok_embeddings.weight"} <= names
+
+
+def test_finished_run_says_so(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (uninterrupted / "run/metrics.jsonl").read_bytes()
+    assert main(["--job.config_file", str(uninterrupted / "config.toml")]) == 0
+    assert "is finished at step 8: nothing to do" in capsys.readouterr().err
+    assert (uninterrupted / "run/metrics.jsonl").read_bytes() == before
+
+
+def main_with_signal(argv: list[str], cursors: Path, lines: int) -> int:
+    """`main`, with a SIGTERM to this process as soon as cursor.jsonl has that many lines."""
+
+    def watch() -> None:
+        while not done.is_set():
+            if cursors.exists() and cursors.read_bytes().count(b"\n") >= lines:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            time.sleep(0.002)
+
+    done = threading.Event()
+    watcher = threading.Thread(target=watch)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        watcher.start()
+    try:
+        return main(argv)
+    finally:
+        done.set()
+
+
+@pytest.mark.parametrize(
+    ("stops", "overrides"),
+    [
+        ([2, 5], []),
+        ([3], ["--data.num_workers=0", "--data.prefetch=0"]),
+        pytest.param([1, 4, 6], ["--data.num_workers=3", "--checkpoint.async_mode=async"], marks=pytest.mark.slow),
+        pytest.param([5], ["--data.num_workers=2", "--data.prefetch=5"], marks=pytest.mark.slow),
+    ],
+)
+def test_resume_is_exact(uninterrupted: Path, tmp_path: Path, stops: list[int], overrides: list[str]) -> None:
+    """Stopped by a signal to one rank and started again: the same batches, losses and, bit for bit, final state."""
+    config = write_config(tmp_path, paths=str(uninterrupted / "corpus/*.txt"))
+    argv = ["--job.config_file", str(config), *overrides]
+    for stop in stops:
+        assert ranks(2).run(main_with_signal, argv, tmp_path / "run/cursor.jsonl", stop) == [0, 0]
+        status = json.loads((tmp_path / "run/status.json").read_text())
+        assert status["state"] == "preempted"
+        assert stop <= status["step"] < 8
+    assert run(2, config, *overrides) == [0, 0]
+    left, right = metrics(uninterrupted / "run"), metrics(tmp_path / "run")
+    same = ("step", "loss", "grad_norm", "lr", "tokens", "batch_fingerprint")
+    assert [[row[key] for key in same] for row in left] == [[row[key] for key in same] for row in right]
+    expected, actual = state_of(uninterrupted / "run" / LAST, tmp_path), state_of(tmp_path / "run" / LAST, tmp_path)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, actual[name]), name
+
+
+@pytest.mark.parametrize("layouts", [(4, 1), pytest.param((1, 4), marks=pytest.mark.slow)], ids=str)
+def test_resume_on_other_ranks(uninterrupted: Path, tmp_path: Path, layouts: tuple[int, int]) -> None:
+    """Stopped and resumed on another number of ranks, with tensor parallelism on four: the stream goes on."""
+    config = write_config(tmp_path, paths=str(uninterrupted / "corpus/*.txt"))
+    argv = [
+        ["--job.config_file", str(config), f"--parallelism.tensor_parallel_degree={2 if n == 4 else 1}"]
+        for n in layouts
+    ]
+    ranks(layouts[0]).run(main_with_signal, argv[0], tmp_path / "run/cursor.jsonl", 3)
+    assert set(ranks(layouts[1]).run(main, argv[1])) == {0}
+    assert fingerprints(tmp_path / "run") == fingerprints(uninterrupted / "run")
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(uninterrupted / "run"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_kill_9_under_torchrun_and_restart_with_other_ranks(uninterrupted: Path, tmp_path: Path) -> None:
+    """Everything is killed after step 5, one past a save; one rank goes on and every step is the same batch."""
+    config = write_config(tmp_path, paths=str(uninterrupted / "corpus/*.txt"), training__steps=400)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    job = subprocess.Popen(
+        [*command, "-m", "titanlite.train", "--job.config_file", str(config)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    cursors = tmp_path / "run/cursor.jsonl"
+    while not cursors.exists() or cursors.read_bytes().count(b"\n") < 5:
+        assert job.poll() is None
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", str(config)], check=False)
+    job.wait()
+    write_config(tmp_path, paths=str(uninterrupted / "corpus/*.txt"))
+    assert run(1, config) == [0]
+    assert fingerprints(tmp_path / "run") == fingerprints(uninterrupted / "run")
