@@ -224,7 +224,7 @@ def test_bad_record_ends_the_chunk_or_is_left_out(bad: str | BaseException) -> N
 def test_what_is_no_fault_of_the_data_is_never_skipped(broken: str | BaseException) -> None:
     chunk = chunk_of(["a", broken, "c"], skip=True)
     assert chunk.lengths.tolist() == [3]
-    assert isinstance(chunk.error, RuntimeError)
+    assert isinstance(chunk.error, (SourceError, RuntimeError))
     assert "file:2: " in str(chunk.error)
 
 

@@ -39,7 +39,7 @@ class RecordError(ValueError):
     """A document whose bytes hold no text. A pure function of the data: any reader of these bytes gets it."""
 
 
-class SourceError(RuntimeError):
+class SourceError(OSError):
     """A file that is not what it was at the start. Never skipped: another rank may still have read the old one."""
 
 
