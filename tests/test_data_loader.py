@@ -1,0 +1,476 @@
+"""The loader end to end: every rank, worker, prefetch and restart sees one stream, and what stops it is said once."""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.byte_tokenizer import ByteTokenizer
+from titanlite.config.sections import DataConfig
+from titanlite.data import Batch, Loader, RecordError, SourceError, build_loader, loader
+from titanlite.data.stream import DocumentOrder
+
+MASK = (1 << 64) - 1
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny corpus needs no 256 KB read ahead; several chunks per batch, too, are what is to be tested."""
+    monkeypatch.setattr(loader, "_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(loader, "_ORDER_DOCUMENTS", 100)
+
+
+def write_jsonl(folder: Path, records: list[str | bytes]) -> DataConfig:
+    """A jsonl file of texts; bytes are written as they are."""
+    lines = [json.dumps({"text": r}).encode() if isinstance(r, str) else r for r in records]
+    (folder / "corpus.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    return DataConfig(paths=(str(folder / "corpus.jsonl"),), cache_dir=str(folder / "cache"), num_workers=0, prefetch=0)
+
+
+def build(data: DataConfig, **kwargs: Any) -> Loader:
+    defaults = {"seq_len": 16, "global_batch_size": 4, "seed": 0, "dp_rank": 0, "dp_degree": 1}
+    return build_loader(data, kwargs.pop("tokenizer", ByteTokenizer()), **defaults | kwargs)
+
+
+def batches(data: DataConfig, num_batches: int, **kwargs: Any) -> list[Batch]:
+    made = build(data, **kwargs)
+    try:
+        return list(islice(made, num_batches))
+    finally:
+        made.close()
+
+
+def same(a: Batch, b: Batch) -> None:
+    assert a.rows.tolist() == b.rows.tolist()
+    assert a.row_index.tolist() == b.row_index.tolist()
+    assert a.row_digest.tolist() == b.row_digest.tolist()
+    assert [s.tolist() for s in a.starts] == [s.tolist() for s in b.starts]
+    assert (a.fingerprint_part, a.ledger, a.cursor) == (b.fingerprint_part, b.ledger, b.cursor)
+
+
+def generated_texts(num_documents: int, longest: int) -> list[str]:
+    """Texts of 0 to `longest` letters from a tiny generator of its own, the same on every machine."""
+    state, texts = 1, []
+    for _ in range(num_documents):
+        letters = []
+        state = state * 1103515245 + 12345 & 0x7FFFFFFF
+        for _ in range((state >> 8) % (longest + 1)):
+            state = state * 1103515245 + 12345 & 0x7FFFFFFF
+            letters.append(chr(97 + (state >> 8) % 26))
+        texts.append("".join(letters))
+    return texts
+
+
+TEXTS = [*generated_texts(40, 30), "", "x", "", "y" * 500, "é", "\ud800"]
+
+
+def naive_tokens(texts: list[str], num_tokens: int, order: DocumentOrder, bos: bool) -> list[int]:
+    """The stream as one list: every document in its turn, epoch after epoch."""
+    tokens: list[int] = []
+    counter = 0
+    while len(tokens) < num_tokens:
+        text = texts[int(order.documents(np.array([counter]))[0])]
+        tokens += [257] * bos + list(text.replace("\ud800", "\ufffd").encode()) + [256]
+        counter += 1
+    return tokens
+
+
+@settings(max_examples=40)
+@given(
+    texts=st.lists(st.text(max_size=12) | st.just("z" * 150), min_size=1, max_size=12),
+    shape=st.tuples(st.integers(1, 20), st.integers(1, 5)),
+    seed=st.integers(0, 5),
+    block=st.integers(0, 6),
+    bos=st.booleans(),
+    workers=st.integers(0, 2),
+    prefetch=st.integers(0, 2),
+    chunk_bytes=st.sampled_from([1, 40, 10**6]),
+)
+def test_batches_equal_a_naive_stream(
+    tmp_path_factory: pytest.TempPathFactory,
+    texts: list[str],
+    shape: tuple[int, int],
+    seed: int,
+    block: int,
+    bos: bool,
+    workers: int,
+    prefetch: int,
+    chunk_bytes: int,
+) -> None:
+    seq_len, num_rows = shape
+    data = replace(write_jsonl(tmp_path_factory.mktemp("corpus"), list(texts)), num_workers=workers, prefetch=prefetch)
+    data = replace(data, shuffle=block > 0, shuffle_block=block or 9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "_CHUNK_BYTES", chunk_bytes)
+        patch.setattr(loader, "_ORDER_DOCUMENTS", 7)
+        made = batches(data, 3, tokenizer=ByteTokenizer(bos), seq_len=seq_len, global_batch_size=num_rows, seed=seed)
+    tokens = naive_tokens(texts, 3 * seq_len * num_rows + 1, DocumentOrder(len(texts), seed, block), bos)
+    for step, batch in enumerate(made):
+        first = step * num_rows
+        rows = [tokens[g * seq_len : (g + 1) * seq_len + 1] for g in range(first, first + num_rows)]
+        assert batch.rows.tolist() == rows
+        assert batch.rows.dtype == torch.int64
+        assert batch.row_index.tolist() == list(range(first, first + num_rows))
+        for row, starts, digest in zip(rows, batch.starts, batch.row_digest, strict=True):
+            assert starts.tolist() == [p for p in range(seq_len) if p == 0 or row[p - 1] == 256]
+            content = b"".join(token.to_bytes(4, "little") for token in row)
+            assert int(digest) == int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        ledger = batch.ledger
+        assert ledger["tokens_read"] == sum(ledger[k] for k in ("targets", "document_first", "carried", "dropped"))
+        seen = (first + num_rows) * seq_len + 1
+        assert ledger["targets"] + ledger["document_first"] == seen
+        assert ledger["document_first"] == 1 + tokens[: seen - 1].count(256)
+        assert len(json.dumps(batch.cursor)) < 1024
+
+
+def test_every_dp_degree_worker_count_and_prefetch_gives_the_same_rows(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path, list(TEXTS))
+    expected = batches(data, 2, seq_len=4, global_batch_size=840)
+    for dp_degree in range(1, 9):
+        settings = replace(data, num_workers=dp_degree % 4, prefetch=dp_degree % 3)
+        ranks = [
+            batches(settings, 2, seq_len=4, global_batch_size=840, dp_rank=rank, dp_degree=dp_degree)
+            for rank in range(dp_degree)
+        ]
+        for step, whole in enumerate(expected):
+            parts = [rank[step] for rank in ranks]
+            assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
+            assert np.concatenate([part.row_index for part in parts]).tolist() == whole.row_index.tolist()
+            assert np.concatenate([part.row_digest for part in parts]).tolist() == whole.row_digest.tolist()
+            assert [s.tolist() for part in parts for s in part.starts] == [s.tolist() for s in whole.starts]
+            assert sum(part.fingerprint_part for part in parts) & MASK == whole.fingerprint_part
+            assert all(part.cursor == whole.cursor and part.ledger == whole.ledger for part in parts)
+
+
+@pytest.mark.parametrize("threads", [(0, 0), (2, 2)])
+def test_resume_at_every_step_twice_in_a_row_equals_the_uninterrupted_stream(
+    tmp_path: Path, threads: tuple[int, int]
+) -> None:
+    data = replace(write_jsonl(tmp_path, list(TEXTS)), shuffle_block=8)
+    length = 30  # steps of 64 tokens; an epoch has about 1,300 tokens, so that restarts lie in two epochs
+    expected = batches(data, length)
+    assert expected[-1].ledger["documents"] > len(TEXTS)
+    assert any(batch.cursor["sources"][0]["offset"] > 64 for batch in expected)  # mid-document, rows behind its start
+    other = replace(data, num_workers=threads[0], prefetch=threads[1])
+    for k in range(length - 2):
+        cursor = json.loads(json.dumps(expected[k].cursor))
+        again = batches(other, 2, cursor=cursor)
+        same(again[0], expected[k + 1])
+        same(again[1], expected[k + 2])
+        if k + 3 < length:
+            (twice,) = batches(other, 1, cursor=again[1].cursor)
+            same(twice, expected[k + 3])
+
+
+def test_batch_size_may_change_on_resume_and_the_ledger_still_closes(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path, list(TEXTS))
+    rows = torch.cat([batch.rows for batch in batches(data, 30, global_batch_size=1)])
+    cursor, done = None, 0
+    for size in (3, 1, 8, 2, 16):
+        (batch,) = batches(data, 1, global_batch_size=size, cursor=cursor)
+        assert torch.equal(batch.rows, rows[done : done + size])
+        assert batch.row_index.tolist() == list(range(done, done + size))
+        done += size
+        cursor = batch.cursor
+        assert batch.ledger["targets"] + batch.ledger["document_first"] == done * 16 + 1
+        assert batch.ledger["tokens_read"] == done * 16 + 1 + batch.ledger["carried"]
+
+
+def test_resume_reads_only_the_current_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_jsonl(tmp_path, list(TEXTS))
+    cursor = batches(data, 25)[-1].cursor
+    read: list[str] = []
+    tokenizer = ByteTokenizer()
+    encode = tokenizer.encode_document
+    tokenizer.encode_document = lambda text: read.append(text) or encode(text)  # type: ignore[func-returns-value,method-assign]
+    monkeypatch.setattr(loader, "_CHUNK_BYTES", 1)
+    batches(data, 1, cursor=cursor, tokenizer=tokenizer)
+    tokens = sum(len(encode(text)) for text in read)
+    assert tokens <= 64 + len(encode(read[0])) + len(encode(read[-1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seq_len": 8}, "training.seq_len was 16 and is 8"),
+        ({"seed": 1}, "training.seed was 0 and is 1"),
+        ({"tokenizer": ByteTokenizer(bos=False)}, "the tokenizer's fingerprint was bytes, bos True and is"),
+    ],
+)
+def test_cursor_of_another_stream_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    data = write_jsonl(tmp_path, list(TEXTS))
+    cursor = batches(data, 1)[0].cursor
+    with pytest.raises(ValueError, match=message):
+        build(data, cursor=cursor, **change)
+
+
+def test_other_corpus_or_shuffle_is_refused_and_the_file_named(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path, list(TEXTS))
+    made = build(data)
+    cursor = next(made).cursor
+    for shuffle in (replace(data, shuffle=False), replace(data, shuffle_block=5)):
+        with pytest.raises(ValueError, match=r"shuffle_block .*was 4096 and is [05]"):
+            build(shuffle, cursor=cursor)
+    write_jsonl(tmp_path, [*TEXTS, "more"])
+    with pytest.raises(ValueError, match=r"the corpus's digest was .*; changed: corpus.jsonl; restore it") as caught:
+        build(data, cursor=cursor, saved_corpus=made.corpus)
+    assert "\n" not in str(caught.value)
+
+
+def test_changing_what_does_not_define_the_stream_is_no_hindrance(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path, list(TEXTS))
+    first, second = batches(data, 2)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "corpus.jsonl").rename(tmp_path / "moved" / "corpus.jsonl")
+    moved = replace(data, paths=(str(tmp_path / "moved" / "*"),), cache_dir=str(tmp_path / "other"), prefetch=3)
+    same(batches(replace(moved, on_bad_record="skip"), 1, cursor=first.cursor)[0], second)
+
+
+def test_degree_that_does_not_divide_the_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"training.global_batch_size = 4 is no multiple of the dp degree 3"):
+        build(write_jsonl(tmp_path, ["a"]), dp_degree=3)
+
+
+BAD = b'{"text": 1}'
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (0, 2), (1, 0), (3, 2)])
+def test_bad_record_stops_the_step_that_needs_it_and_no_earlier_one(
+    tmp_path: Path, workers: int, prefetch: int
+) -> None:
+    data = write_jsonl(tmp_path, ["a" * 100, "b" * 100, BAD, "c" * 100])
+    made = build(replace(data, shuffle=False, num_workers=workers, prefetch=prefetch))
+    good = list(islice(made, 3))  # 193 tokens of the 204 before the bad record
+    assert good[-1].ledger["bad_records"] == 0
+    for _ in range(2):
+        with pytest.raises(
+            RecordError, match=r"corpus\.jsonl:3: the field 'text' is no text but a number; data.on_bad"
+        ):
+            next(made)
+    made.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_records_leave_the_stream_of_the_others(
+    tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "good").mkdir()
+    records: list[str | bytes] = ["a" * 30, BAD, b"", "b" * 50, "c", BAD, "d" * 70, BAD]
+    data = replace(write_jsonl(tmp_path, records), shuffle=False, on_bad_record="skip", num_workers=workers)
+    good = replace(write_jsonl(tmp_path / "good", [r for r in records if isinstance(r, str)]), shuffle=False)
+    made, expected = batches(data, 9), batches(good, 9)
+    for a, b in zip(made, expected, strict=True):
+        assert torch.equal(a.rows, b.rows)
+        assert {**a.ledger, "bad_records": 0} == {**b.ledger, "bytes": a.ledger["bytes"], "bad_records": 0}
+    assert made[0].ledger["bad_records"] == 2
+    assert "corpus.jsonl:2: the field 'text' is no text" in caplog.text
+    assert "corpus.jsonl:3: a blank line" in caplog.text
+    # A resume between bad records counts none twice and forgets none.
+    for k in range(7):
+        (again,) = batches(data, 1, cursor=made[k].cursor)
+        same(again, made[k + 1])
+
+
+def test_warnings_are_bounded_and_come_from_one_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = replace(write_jsonl(tmp_path, ["a", *[BAD] * 150]), on_bad_record="skip", shuffle=False)
+    (batch,) = batches(data, 1, global_batch_size=2, dp_degree=2, dp_rank=1)
+    assert not caplog.records
+    (batch,) = batches(data, 1, global_batch_size=2, dp_degree=2, dp_rank=0)
+    assert batch.ledger["bad_records"] > 1000
+    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert sum("bad record left out" in line for line in lines) == 20
+    assert [line.split(";")[0] for line in lines[20:]] == [
+        "100 bad records left out by now",
+        "1,000 bad records left out by now",
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corpus_of_bad_records_only_is_an_error_not_a_loop(tmp_path: Path, workers: int) -> None:
+    data = replace(write_jsonl(tmp_path, [BAD] * 30), on_bad_record="skip", num_workers=workers, prefetch=workers)
+    made = build(data)
+    with pytest.raises(ValueError, match="no document of the corpus could be read"):
+        next(made)
+    made.close()
+
+
+def test_one_good_record_among_many_bad_ones_is_a_corpus(tmp_path: Path) -> None:
+    data = replace(write_jsonl(tmp_path, [*[BAD] * 300, "a"]), on_bad_record="skip", shuffle_block=7)
+    made = batches(data, 3, seq_len=2, global_batch_size=1)
+    assert torch.cat([batch.rows[:, :-1] for batch in made]).flatten().tolist() == [257, 97, 256] * 2
+
+
+class PanicError(BaseException):
+    """As tiktoken's PanicException: no Exception."""
+
+
+class PanickyTokenizer(ByteTokenizer):
+    def encode_document(self, text: str) -> np.ndarray:
+        if text == "panic":
+            raise PanicError("called `Result::unwrap()` on an `Err` value")
+        if text == "bug":
+            raise KeyError(7)
+        return super().encode_document(text)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_panic_of_the_tokenizer_is_a_bad_record_and_hangs_nobody(tmp_path: Path, workers: int) -> None:
+    data = replace(write_jsonl(tmp_path, ["a" * 9, "panic", "b" * 9]), shuffle=False, num_workers=workers, prefetch=2)
+    made = build(data, tokenizer=PanickyTokenizer())
+    with pytest.raises(RecordError, match=r"corpus\.jsonl:2: the tokenizer gave up on this text: called `Result"):
+        next(made)
+    made.close()
+    (batch,) = batches(replace(data, on_bad_record="skip"), 1, tokenizer=PanickyTokenizer())
+    assert batch.ledger["bad_records"] == batch.ledger["documents"] // 2
+
+
+def test_bug_in_the_tokenizer_is_located_and_never_skipped(tmp_path: Path) -> None:
+    data = replace(write_jsonl(tmp_path, ["a", "bug"]), shuffle=False, on_bad_record="skip", num_workers=1)
+    made = build(data, tokenizer=PanickyTokenizer())
+    with pytest.raises(RuntimeError, match=r"corpus\.jsonl:2: cannot tokenise: KeyError: 7$"):
+        next(made)
+    made.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_file_that_shrinks_during_the_run_stops_it_in_skip_mode_too(tmp_path: Path, workers: int) -> None:
+    data = replace(write_jsonl(tmp_path, ["a" * 300_000] * 5), on_bad_record="skip", num_workers=workers)
+    made = build(data, global_batch_size=64, seq_len=1024)
+    next(made)
+    os.truncate(tmp_path / "corpus.jsonl", 1000)
+    with pytest.raises(SourceError, match=r"corpus\.jsonl:\d: the file has changed"):
+        deque_all(made)
+    made.close()
+
+
+def deque_all(made: Iterator[Batch]) -> None:
+    for _ in islice(made, 1000):
+        pass
+
+
+def loader_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.daemon}
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (0, 3), (2, 0), (3, 3)])
+def test_close_ends_every_thread_at_once_and_may_be_repeated(tmp_path: Path, workers: int, prefetch: int) -> None:
+    before = loader_threads()
+    data = replace(write_jsonl(tmp_path, ["a" * 1000] * 50), num_workers=workers, prefetch=prefetch)
+    for consumed in (0, 1, 5):
+        made = build(data)
+        list(islice(made, consumed))
+        start = time.monotonic()
+        made.close()
+        made.close()
+        assert time.monotonic() - start < 3
+        with pytest.raises(StopIteration):
+            next(made)
+    deadline = time.monotonic() + 5  # torchdata's threads look for their stop sign every 0.1 s
+    while (left := loader_threads() - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left
+
+
+def test_loader_that_is_dropped_or_failed_ends_its_threads_too(tmp_path: Path) -> None:
+    before = loader_threads()
+    made = build(replace(write_jsonl(tmp_path, ["a" * 1000] * 50), num_workers=2, prefetch=2))
+    next(made)
+    del made
+    made = build(replace(write_jsonl(tmp_path, [BAD]), num_workers=2, prefetch=2))
+    with pytest.raises(RecordError):
+        next(made)
+    made.close()
+    deadline = time.monotonic() + 5
+    while (left := loader_threads() - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left
+
+
+PROGRAM = """
+import sys, torch
+from titanlite.config.sections import DataConfig
+from titanlite.data import build_loader
+from tests.byte_tokenizer import ByteTokenizer
+data = DataConfig(paths=(sys.argv[1],), cache_dir=sys.argv[2], num_workers=3, prefetch=4)
+if len(sys.argv) == 3:
+    loader = build_loader(data, ByteTokenizer(), seq_len=64, global_batch_size=4, seed=0, dp_rank=0, dp_degree=1)
+    next(loader)
+print(torch.get_num_threads(), flush=True)
+raise SystemExit(7)
+"""
+
+
+def test_process_ends_while_the_loader_runs_and_keeps_its_thread_count(tmp_path: Path) -> None:
+    write_jsonl(tmp_path, list(TEXTS))
+    arguments = [str(tmp_path / "corpus.jsonl"), str(tmp_path / "cache")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", PROGRAM, *arguments, *more],
+            cwd=Path(__file__).parent.parent,
+            env={key: value for key, value in os.environ.items() if not key.startswith(("OMP", "MKL"))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for more in ([], ["without a loader"])
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [7, 7], outputs
+    # torchdata's threads call torch.set_num_threads(1), which must not become the main thread's number.
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.gpu
+def test_pinned_batches_hold_the_same_rows(tmp_path: Path) -> None:
+    data = replace(write_jsonl(tmp_path, list(TEXTS)), num_workers=2, prefetch=2)
+    pinned, plain = batches(data, 5, pin_memory=True), batches(data, 5)
+    for a, b in zip(pinned, plain, strict=True):
+        assert a.rows.is_pinned()
+        same(a, b)
+
+
+def test_golden_rows_of_a_generated_corpus(tmp_path: Path) -> None:
+    # Computed once by plain Python (lists, integers, hashlib). A change means that older runs cannot be resumed.
+    data = replace(write_jsonl(tmp_path, list(generated_texts(300, 400))), shuffle_block=64)
+    made = batches(data, 3, seq_len=128, seed=42)
+    digests = [f"{int(d):016x}" for batch in made for d in batch.row_digest]
+    assert digests == [
+        "1838c5e429e8136e",
+        "72ae7a3d66266c69",
+        "cf4e5605fac2cb21",
+        "af02d1f8280b04ad",
+        "6153fca09206c97b",
+        "6e94bf22358c9afe",
+        "b2ef1b6998a7c6c1",
+        "7702f7958c24cfea",
+        "42d44da97ff9f94a",
+        "656369cf2c610b7a",
+        "72d053fc89b491bc",
+        "66ea095d83bb1afe",
+    ]
+    fingerprints = [f"{batch.fingerprint_part:016x}" for batch in made]
+    assert fingerprints == ["29d0ed6da274ac1e", "2220d26f597a973e", "3e929c27701b4f12"]
+    assert made[-1].ledger == {
+        "documents": 6,
+        "tokens_read": 1661,
+        "targets": 1531,
+        "document_first": 6,
+        "carried": 124,
+        "dropped": 0,
+        "bad_records": 0,
+        "bytes": 1727,
+    }
