@@ -49,6 +49,7 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
     "no such weights": (lambda f: {"checkpoint__init_from": str(f / "absent")}, ["absent"]),
     "folder is a file": (lambda f: {"job__dump_folder": str(f / "config.toml")}, ["job.dump_folder", "config.toml"]),
     "CUDA only": (lambda f: {"profiling__enable_memory_snapshot": True}, ["profiling.enable_memory_snapshot", "CUDA"]),
+    "offload to itself": (lambda f: {"parallelism__enable_cpu_offload": True}, ["parallelism.enable_cpu_offload"]),
     "learning rate that explodes": (
         lambda f: {"optimizer__lr": 1e30, "training__max_norm": 0.0},
         ["step 2", "batch", "not finite", "no update"],

@@ -11,9 +11,9 @@ TensorBoard tags, over the optimiser step (the names in metrics.jsonl are the sa
     tokens                        target tokens trained since step 0
     tokens_per_second             target tokens per second of training time, all devices (_per_device: divided by them)
     mfu                           model FLOPs per second / dense bf16 peak of the devices; absent where that is unknown
-    data_wait_fraction            share of the step time spent waiting for the loader
+    data_wait_fraction            share of the step time spent waiting for the loader, of the rank that waits longest
     step_time_seconds             training time of a step: wall time without saves
-    peak_memory_gib               see `peak_memory_gib`
+    peak_memory_gib               see `peak_memory_gib`; of the rank that needs most
     * checkpoint_seconds          time for which a save held the training up
     * documents_per_row           of the step's batch; * epoch, as a fraction; * bad_records, left out so far
 """

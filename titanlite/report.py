@@ -27,7 +27,8 @@ class Report:
         self._config, self._trainer, self._num_documents = config, trainer, num_documents
         self._folder = Path(config.job.dump_folder)
         self._skipped_before = skipped_before  # updates left out before the last resume
-        self._start_step, self._start_time = trainer.step, time.time()
+        self._start_step, self._start_tokens = trainer.step, trainer.trained_targets
+        self._start_time = time.perf_counter()
         self._fingerprints: dict[int, str] = {}  # of the steps since the last logged one, to name a bad one
         self._last: StepMetrics | None = None
         self._stack = ExitStack()
@@ -75,6 +76,10 @@ class Report:
             return
         loss, grad_norm = result.loss.item(), result.grad_norm.item()
         speed = self.throughput.read(number, self._trainer.trained_targets)
+        # The rank that waits longest, and the one that needs most memory, are the ones to know of.
+        worst = torch.tensor([speed.data_wait_fraction, peak_memory_gib(self._trainer.mesh.device)])
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        data_wait_fraction, peak_memory = worst.tolist()
         self._last = StepMetrics(
             step=number,
             loss=loss,
@@ -84,9 +89,9 @@ class Report:
             tokens_per_second=speed.tokens_per_second,
             tokens_per_second_per_device=speed.tokens_per_second_per_device,
             mfu=speed.mfu,
-            data_wait_fraction=speed.data_wait_fraction,
+            data_wait_fraction=data_wait_fraction,
             step_time_seconds=speed.step_time_seconds,
-            peak_memory_gib=peak_memory_gib(self._trainer.mesh.device),
+            peak_memory_gib=peak_memory,
             batch_fingerprint=fingerprint,
         )
         if self._run_log is not None:
@@ -130,14 +135,15 @@ class Report:
         """The end-of-run text; None where this process made no step."""
         if self._last is None:
             return None
+        seconds = time.perf_counter() - self._start_time
         return summary(
             self._folder,
             start_step=self._start_step,
             step=self._trainer.step,
             loss=self._last.loss,
             epoch=ledger["documents"] / self._num_documents,
-            wall_seconds=time.time() - self._start_time,
-            tokens_per_second=self._last.tokens_per_second,
+            wall_seconds=seconds,
+            tokens_per_second=(self._trainer.trained_targets - self._start_tokens) / seconds,
             ledger=ledger,
             checkpoint=checkpoint,
         )

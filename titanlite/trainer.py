@@ -67,6 +67,10 @@ class Trainer:
         self.step = 0
         self.trained_targets = 0
         head_dim, dtype = config.model.dim // config.model.n_heads, param_dtype(config, mesh.device.type)
+        if config.parallelism.enable_cpu_offload and mesh.device.type == "cpu":
+            raise ValueError(
+                "parallelism.enable_cpu_offload = true: the parameters are in CPU memory anyway; use false"
+            )
         self.backend = resolve_backend(
             config.model.attention,
             device_type=mesh.device.type,
