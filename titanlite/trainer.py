@@ -69,7 +69,7 @@ class Trainer:
         head_dim, dtype = config.model.dim // config.model.n_heads, param_dtype(config, mesh.device.type)
         if config.parallelism.enable_cpu_offload and mesh.device.type == "cpu":
             raise ValueError(
-                "parallelism.enable_cpu_offload = true: the parameters are in CPU memory anyway; use false"
+                "parallelism.enable_cpu_offload = true: parameters are in CPU memory already; use false"
             )
         self.backend = resolve_backend(
             config.model.attention,
