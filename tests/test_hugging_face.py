@@ -1,4 +1,4 @@
-"""Logits and gradients against transformers' LLaMA, an implementation of the same model that shares no line with ours."""
+"""Logits and gradients against transformers' LLaMA, which shares no line with ours."""
 
 from typing import Any
 

@@ -70,14 +70,15 @@ def blocks_wrapped(model: Llama, wrap: Any) -> Llama:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("default")  # compilers warn of their own parts; results are judged here
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 @pytest.mark.parametrize("backend", ["sdpa", "dense"])
 def test_compiled_blocks_equal_eager_ones_and_are_compiled_once_for_all_boundaries(
-    backend: str, recompute: bool
+    backend: str, recompute: bool, compiler: str
 ) -> None:
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(compiler)
 
     def wrap(forward: Any) -> Any:
         inner = functools.partial(checkpoint, forward, use_reentrant=False) if recompute else forward
