@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.gloo import ranks
+from tests.make_tokenizers import single_bytes, write_tokenizer
 from tests.tiny_run import fingerprints, metrics, write_config
 from titanlite.train import main
 
@@ -136,6 +139,75 @@ def test_resume_on_other_ranks(uninterrupted: Path, tmp_path: Path, layouts: tup
     assert fingerprints(tmp_path / "run") == fingerprints(uninterrupted / "run")
     for ours, theirs in zip(metrics(tmp_path / "run"), metrics(uninterrupted / "run"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def other_tokenizer(folder: Path) -> list[str]:
+    special = {"<|end|>": 256}
+    return ["--tokenizer.path", str(write_tokenizer(folder / "other", single_bytes(), special, eos_token="<|end|>"))]
+
+
+def other_corpus(folder: Path) -> list[str]:
+    (folder / "corpus/07.txt").write_text("another text")
+    return []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: ["--training.seq_len=128"], ["training.seq_len was 64 and is 128"]),
+        (lambda folder: ["--training.seed=1"], ["training.seed was 0 and is 1"]),
+        (other_tokenizer, ["the tokenizer's fingerprint was"]),
+        (other_corpus, ["07.txt"]),
+        (lambda folder: ["--model.ffn_dim=96"], ["does not fit this run", "model.layers.1.feed_forward.w2.weight"]),
+        (
+            lambda folder: ["--model.n_layers=3"],
+            ["model.layers.2.attention.wq.weight", "optimizer.exp_avg_sq.layers.2."],
+        ),
+    ],
+)
+def test_resume_refuses_what_does_not_fit(
+    change: Callable[[Path], list[str]],
+    words: list[str],
+    uninterrupted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(uninterrupted, folder)
+    config = write_config(folder, paths=str(folder / "corpus/*.txt"), training__steps=16)
+    assert main(["--job.config_file", str(config), *change(folder)]) == 1
+    message = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[rank0]")]
+    assert len(message) == 1
+    for word in words:
+        assert word in message[0]
+
+
+def test_resume_tells_what_changed_and_goes_on(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More steps, another batch size and another rate are allowed and told; the stream goes on at its row."""
+    shutil.copytree(uninterrupted / "run", tmp_path / "run")
+    config = write_config(tmp_path, paths=str(uninterrupted / "corpus/*.txt"), training__steps=10)
+    assert main(["--job.config_file", str(config), "--training.global_batch_size=4", "--optimizer.lr=0.005"]) == 0
+    told = capsys.readouterr().err
+    for change in ("training.steps: 8 -> 10", "training.global_batch_size: 8 -> 4", "optimizer.lr: 0.01 -> 0.005"):
+        assert change in told
+    cursors = [json.loads(line) for line in (tmp_path / "run/cursor.jsonl").read_text().splitlines()]
+    assert [cursor["row"] for cursor in cursors] == [*range(8, 65, 8), 68, 72]
+
+
+def test_init_from_takes_the_weights_only(uninterrupted: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, paths=str(uninterrupted / "corpus/*.txt"), checkpoint__interval=1)
+    source = uninterrupted / "run" / LAST
+    argv = ["--job.config_file", str(config), f"--checkpoint.init_from={source}", "--training.steps=1"]
+    assert main([*argv, "--optimizer.lr=1e-30"]) == 0
+    (tmp_path / "before").mkdir()
+    start, result = state_of(source, tmp_path / "before"), state_of(tmp_path / "run/checkpoint/step-00000001", tmp_path)
+    for name, tensor in start.items():
+        if name.startswith("model."):
+            assert torch.equal(tensor, result[name]), name
+    assert result["optimizer.step.norm.weight"] == 1
+    assert metrics(tmp_path / "run")[0]["loss"] < metrics(uninterrupted / "run")[0]["loss"] - 1
 
 
 def test_kill_9_under_torchrun_and_restart_with_other_ranks(uninterrupted: Path, tmp_path: Path) -> None:
