@@ -96,6 +96,8 @@ class Job:
             async_save=checkpoint.async_mode == "async",
         )
         path = decide_start(checkpoint, self.checkpointer)
+        if config.job.description:
+            logger.info(config.job.description)
         meta = self.checkpointer.read_meta(path) if path else {}
         self._open_data(meta)
         self._open_trainer()
@@ -133,12 +135,17 @@ class Job:
     def _open_trainer(self) -> None:
         with agreed():
             self.trainer = Trainer(self.config, self.mesh, self.tokenizer.eos_id)
+        training = self.config.training
+        rows = training.global_batch_size // self.mesh.dp_degree
         logger.info(
-            "model: %s parameters, attention = %s, %s on %s",
+            "model: %s parameters, attention = %s, %s on %s; a rank's share of a step is %d rows of %d tokens, %d at a time",
             f"{num_parameters(self.config.model):,}",
             self.trainer.backend,
             self.mesh.describe,
             self.mesh.device.type,
+            rows,
+            training.seq_len,
+            min(rows, training.local_batch_size),
         )
 
     def _load(self, path: str, meta: dict[str, Any]) -> None:

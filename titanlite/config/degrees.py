@@ -55,7 +55,7 @@ def _check_batch(rows: int, local: int, dp_degree: int) -> Iterator[str]:
             f" x {SHARD}, which is what {TP} leaves): use {listed(divisors(rows))} of them,"
             f" or a multiple of {dp_degree} rows"
         )
-    elif (share := rows // (dp_degree or 1)) % local:
+    elif (share := rows // (dp_degree or 1)) > local and share % local:
         of_whom = f", the share of each of {dp_degree} data-parallel ranks" if dp_degree else ""
         yield (
             f"training.local_batch_size = {local} does not divide {share} rows{of_whom} (training.global_batch_size ="

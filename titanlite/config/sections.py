@@ -94,7 +94,7 @@ class TrainingConfig:
     seq_len: int = 2048
     """Length of a row, in tokens."""
     local_batch_size: int = 1
-    """Rows of one forward and backward pass of a data-parallel rank."""
+    """Rows of one forward and backward pass of a data-parallel rank, at most: its share of the step may be less."""
     global_batch_size: int = 8
     """Rows of one optimiser step over all ranks; gradient accumulation follows from it."""
     seed: int = 0
