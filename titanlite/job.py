@@ -138,7 +138,7 @@ class Job:
         training = self.config.training
         rows = training.global_batch_size // self.mesh.dp_degree
         logger.info(
-            "model: %s parameters, attention = %s, %s on %s; a rank's share of a step is %d rows of %d tokens, %d at a time",
+            "model: %s parameters, attention = %s, %s on %s; a rank takes %d rows of %d tokens a step, %d at a time",
             f"{num_parameters(self.config.model):,}",
             self.trainer.backend,
             self.mesh.describe,
