@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -76,13 +77,21 @@ def state(layout: str, filled: bool = True) -> dict[str, torch.Tensor]:
         tensors[f"model.{name}"] = parameter
         tensors[f"optimizer.{name}.exp_avg"] = torch.zeros_like(parameter)
         tensors[f"optimizer.{name}.step"] = torch.zeros(())
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            value = full(key) if filled else torch.zeros(tensor.shape)
-            if isinstance(tensor, DTensor):
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-            tensor.copy_(value)
+    if filled:
+        fill(tensors)
+    else:
+        for tensor in tensors.values():
+            tensor.detach().zero_()
     return tensors
+
+
+@torch.no_grad()
+def fill(tensors: dict[str, torch.Tensor]) -> None:
+    for key, tensor in tensors.items():
+        value = full(key)
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.copy_(value)
 
 
 def is_filled(tensors: dict[str, torch.Tensor]) -> bool:
@@ -109,16 +118,13 @@ def load(folder: str, layout: str) -> bool:
     checkpointer, tensors = make(folder), state(layout, filled=False)
     path = checkpointer.newest()
     assert path is not None
-    pointers = {
-        key: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
-        for key, tensor in tensors.items()
-    }
+    before = addresses(tensors)
     checkpointer.load(path, tensors)
-    assert pointers == {
-        key: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
-        for key, tensor in tensors.items()
-    }
-    return is_filled(tensors) and checkpointer.read_meta(path) == {"step": 1}
+    return is_filled(tensors) and addresses(tensors) == before and checkpointer.read_meta(path) == {"step": 1}
+
+
+def addresses(tensors: dict[str, torch.Tensor]) -> list[int]:
+    return [(tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr() for tensor in tensors.values()]
 
 
 @contextmanager
@@ -137,12 +143,12 @@ def log_lines() -> Iterator[list[str]]:
 
 
 @contextmanager
-def disk_full_on(rank: int) -> Iterator[None]:
-    """Writes beyond 64 bytes fail on `rank`, with a real error from the kernel."""
+def disk_full_on(rank: int, limit: int) -> Iterator[None]:
+    """Files beyond `limit` bytes fail on `rank`, with a real error from the kernel."""
     if dist.get_rank() == rank:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         yield
     finally:
@@ -159,6 +165,14 @@ def error_of(function: Any, *args: Any) -> str:
     return "no error"
 
 
+def read_by_dcp(path: str) -> dict[str, torch.Tensor]:
+    found = state("plain", filled=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        dcp.load(found, checkpoint_id=path, no_dist=True)
+    return found
+
+
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("saved", ["2x2", "hsdp2x2", "hsdp2x1x2"])
 def test_every_layout_loads_every_other(tmp_path: Path, saved: str, async_save: bool) -> None:
@@ -168,11 +182,7 @@ def test_every_layout_loads_every_other(tmp_path: Path, saved: str, async_save: 
     assert sorted(os.listdir(path)) == sorted([*manifest["files"], "manifest.json"])
     assert (manifest["step"], manifest["meta"], manifest["torch"]) == (1, {"step": 1}, torch.__version__)
     # DCP's own reader agrees, and nothing was stored twice.
-    found = {key: torch.zeros_like(full(key)) for key in state("plain", filled=False)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(found, checkpoint_id=path, no_dist=True)
-    assert is_filled(found)
+    assert is_filled(read_by_dcp(path))
     metadata = dcp.FileSystemReader(path).read_metadata()
     assert all(
         sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) == entry.size.numel()
@@ -187,47 +197,67 @@ def _save_and_change(folder: str) -> list[str]:
     checkpointer, tensors, meta = make(folder, async_save=True), state("2x2"), {"cursor": [1]}
     with log_lines() as lines:
         for step in (1, 2):  # the second save reuses the first one's staging memory
-            for key, tensor in tensors.items():
-                value = (
-                    full(key)
-                    if tensor.dim() == 0
-                    else distribute_tensor(full(key), tensor.device_mesh, tensor.placements, src_data_rank=None)
-                )
-                with torch.no_grad():
-                    tensor.copy_(value)
+            fill(tensors)
             checkpointer.save(step, tensors, meta)
-            with torch.no_grad():
-                for tensor in tensors.values():
-                    tensor.fill_(-1.0)
+            for tensor in tensors.values():
+                tensor.detach().fill_(-1.0)
             meta["cursor"].append(2)
+            for _ in range(20):  # training's own collectives meanwhile
+                dist.all_reduce(torch.ones(100))
         checkpointer.wait()
     return lines
 
 
 def test_an_async_save_keeps_the_state_of_its_moment(tmp_path: Path) -> None:
     lines = ranks(4).run(_save_and_change, str(tmp_path))[0]
-    found = {key: torch.zeros_like(full(key)) for key in state("plain", filled=False)}
     for step in (1, 2):
         path = str(tmp_path / f"step-0000000{step}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(found, checkpoint_id=path, no_dist=True)
-        assert is_filled(found)
+        assert is_filled(read_by_dcp(path))
         assert read_manifest(path)["meta"] == {"cursor": [1] + [2] * (step - 1)}
     events = [(words[2], words[3]) for words in map(str.split, lines) if words[0] == "checkpoint"]
     assert events == [("1", "requested:"), ("1", "committed"), ("2", "requested:"), ("2", "committed")]
 
 
-def _fail_on_rank_1(folder: str, async_save: bool) -> tuple[str, list[str], list[str]]:
+def _fsyncs_and_renames(folder: str) -> list[tuple[str, ...]]:
+    calls: list[tuple[str, ...]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def traced_fsync(descriptor: int) -> None:
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def traced_rename(old: str, new: str) -> None:
+        calls.append(("rename", str(old), str(new)))
+        rename(old, new)
+
+    with mock.patch("os.fsync", traced_fsync), mock.patch("os.rename", traced_rename):
+        make(folder).save(1, state("plain"), {})
+    return calls
+
+
+def test_all_bytes_are_on_disk_before_the_name_and_the_name_before_success(tmp_path: Path) -> None:
+    calls = ranks(1).run(_fsyncs_and_renames, str(tmp_path / "run" / "checkpoint"))[0]
+    folder = str(tmp_path / "run" / "checkpoint")
+    (where,) = [index for index, call in enumerate(calls) if call[0] == "rename" and ".metadata" not in call[1]]
+    _, temporary, final = calls[where]
+    assert final == f"{folder}/step-00000001"
+    before = [call[1].replace(".metadata.tmp", ".metadata") for call in calls[:where]]
+    assert set(before) >= {f"{temporary}/{name}" for name in os.listdir(final)}
+    assert before[-2:] == [f"{temporary}/manifest.json", temporary]
+    assert calls[where + 1 :] == [("fsync", folder)]
+
+
+def _fail_on_rank_1(folder: str, async_save: bool, limit: int) -> tuple[str, list[str], list[str]]:
     checkpointer, tensors = make(folder, async_save=async_save), state("fsdp2")
+    large = {**tensors, "large": distribute_tensor(torch.zeros(10**5), init_device_mesh("cpu", (2,)), [Shard(0)])}
     checkpointer.save(1, tensors, {})
     checkpointer.wait()
-    with log_lines() as lines, disk_full_on(1):
+    with log_lines() as lines, disk_full_on(1, limit):
         if async_save:
-            checkpointer.save(2, tensors, {})
-            error = error_of(checkpointer.wait)
+            checkpointer.save(2, large, {})
+            error = error_of(checkpointer.wait) if limit == 64 else error_of(checkpointer.save, 3, tensors, {})
         else:
-            error = error_of(checkpointer.save, 2, tensors, {})
+            error = error_of(checkpointer.save, 2, large, {})
     dist.barrier()
     left = sorted(os.listdir(folder))
     checkpointer.save(3, tensors, {})
@@ -235,9 +265,10 @@ def _fail_on_rank_1(folder: str, async_save: bool) -> tuple[str, list[str], list
     return error, lines, left
 
 
+@pytest.mark.parametrize("limit", [64, 1 << 16], ids=["small", "large"])  # in DCP's buffer; within torch.save
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
-def test_a_full_disk_on_one_rank_is_one_error_on_all(tmp_path: Path, async_save: bool) -> None:
-    (error, lines, left), *others = ranks(2).run(_fail_on_rank_1, str(tmp_path), async_save)
+def test_a_full_disk_on_one_rank_is_one_error_on_all(tmp_path: Path, async_save: bool, limit: int) -> None:
+    (error, lines, left), *others = ranks(2).run(_fail_on_rank_1, str(tmp_path), async_save, limit)
     assert all(other[0] == error for other in others)
     assert error.startswith("checkpoint step 2 not saved: rank 1: [Errno 27] File too large: ")
     assert "__1_0.distcp" in error
@@ -372,6 +403,7 @@ def _go_back(folder: str) -> tuple[str | None, list[str]]:
     with log_lines() as lines:
         checkpointer.save(1, tensors, {"again": True})
         checkpointer.save(2, tensors, {"history": "new"})
+        checkpointer.save(2, tensors, {"again": True})
     return checkpointer.newest(), lines
 
 
@@ -380,6 +412,7 @@ def test_after_going_back_the_abandoned_steps_no_longer_count(tmp_path: Path) ->
     path, lines = ranks(2).run(_go_back, str(tmp_path))[0]
     assert path == str(tmp_path / "step-00000002")
     assert lines[0] == "checkpoint step 1: already on disk"
+    assert lines[-1] == "checkpoint step 2: already on disk"
     assert sum("the run now continues from step 2" in line for line in lines) == 2
     assert read_manifest(path)["meta"] == {"history": "new"}
     aside = sorted(name for name in os.listdir(tmp_path) if name.startswith(".old-"))
@@ -410,3 +443,24 @@ def test_meta_keeps_its_values(tmp_path: Path) -> None:
 
 def _save_meta(folder: str, meta: dict[str, Any]) -> None:
     make(folder).save(3, {"w": torch.ones(2)}, meta)
+
+
+def _cuda(folder: str, async_save: bool) -> bool:
+    checkpointer = make(folder, async_save=async_save)
+    tensors = {key: tensor.cuda() for key, tensor in state("plain").items()}
+    for step in (1, 2):
+        checkpointer.save(step, tensors, {})
+        if async_save and step == 2:
+            for tensor in tensors.values():
+                tensor.zero_()
+    found = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
+    path = checkpointer.newest()
+    assert path is not None
+    checkpointer.load(path, found)
+    return is_filled({key: tensor.cpu() for key, tensor in found.items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+def test_tensors_on_a_gpu(tmp_path: Path, async_save: bool) -> None:
+    assert ranks(1).run(_cuda, str(tmp_path), async_save) == [True]

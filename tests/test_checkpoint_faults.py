@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -60,21 +61,32 @@ def link(file: Path) -> None:
     file.symlink_to(file.parent.parent / f"moved-{file.name}")
 
 
-@pytest.mark.parametrize("damage", [cut, empty, flip, link, os.unlink], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (cut, "has .* bytes"),
+        (empty, "has 0 bytes"),
+        (flip, "checksum"),
+        (link, "not a plain file"),
+        (os.unlink, "missing"),
+    ],
+)
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json"])
 def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(
-    tmp_path: Path, good: Path, name: str, damage: Callable[[Path], None]
+    tmp_path: Path, good: Path, name: str, damage: Callable[[Path], None], reason: str
 ) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(good, folder)
     damage(folder / NEWEST / name)
-    with pytest.raises(DamagedCheckpoint, match=f"{NEWEST}/{name}: "):
+    if name == "manifest.json" and damage in (cut, empty):
+        reason = "checksum"
+    with pytest.raises(DamagedCheckpoint, match=f"{NEWEST}/{name}: .*{reason}"):
         verify(str(folder / NEWEST))
+    assert name in ranks(2).run(_load, str(tmp_path), str(folder / NEWEST))[1]
     for path, _ in ranks(2).run(newest, str(folder)):
         assert path == str(folder / "step-00000001")
     assert len(list(folder.glob(f".bad-{NEWEST}-*"))) == 1
-    lines = ranks(2).run(newest, str(folder))[0][1]
-    assert lines == []
+    assert ranks(2).run(newest, str(folder))[0][1] == []
 
 
 def test_every_damaged_checkpoint_is_named_in_a_warning_and_none_is_left(tmp_path: Path, good: Path) -> None:
@@ -170,6 +182,15 @@ def test_code_planted_in_the_metadata_does_not_run(tmp_path: Path, good: Path, p
     assert not (tmp_path / "proof").exists()
     pickle.loads((path / ".metadata").read_bytes())  # the trap was armed
     assert (tmp_path / "proof").exists()
+
+
+def _load_without_pickle(folder: str, path: str) -> str:
+    with mock.patch("pickle.load", side_effect=AssertionError("raw pickle")):
+        return _load(folder, path)
+
+
+def test_dcp_does_not_unpickle_the_metadata_itself(good: Path) -> None:
+    assert ranks(2).run(_load_without_pickle, str(good), str(good / NEWEST)) == ["no error"] * 2
 
 
 def test_code_planted_in_a_shard_does_not_run(tmp_path: Path, good: Path) -> None:
