@@ -170,3 +170,31 @@ def test_compiled_blocks(degrees: tuple[int, int, int], backend: str, mode: str)
     """Compile x tensor parallelism once trained a frozen embedding, with a correct loss: every gradient counts."""
     config = with_(CONFIG, compile={"enable": True, "backend": backend}, activation_checkpoint={"mode": mode})
     assert_equal_to_reference(ranks(degrees[0] * degrees[1] * degrees[2]).run(train, config, degrees))
+
+
+def logits_of_other_documents(config: Config, degrees: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [S, V] of one row, those after one of its documents was replaced, and where the others are."""
+    mesh = build_mesh("cpu", *degrees)
+    trainer = Trainer(config, mesh, EOS)
+    row, other = torch.randint(4, MODEL.vocab_size, (2, 1, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    row[0, [4, 13, 20]] = EOS
+    replaced = slice(5, 13)  # the second document, but for its eos
+    other = torch.cat([row[:, : replaced.start], other[:, replaced], row[:, replaced.stop :]], dim=1)
+    logits = []
+    for tokens in (row, other):
+        documents = build_documents(tokens, EOS, trainer.backend)
+        with torch.no_grad():
+            logits.append(full(trainer.model.output(trainer.model(tokens, documents)))[0])
+    elsewhere = torch.ones(SEQ_LEN, dtype=torch.bool)
+    elsewhere[5:14] = False
+    return *logits, elsewhere
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "dense"])
+@pytest.mark.parametrize("degrees", [(1, 2, 1), (1, 2, 2), (2, 1, 2)], ids=str)
+def test_other_documents_do_not_change_a_bit(degrees: tuple[int, int, int], backend: str) -> None:
+    config = with_(CONFIG, model={"attention": backend}, training={"dtype": "float32"})
+    world_size = degrees[0] * degrees[1] * degrees[2]
+    for before, after, elsewhere in ranks(world_size).run(logits_of_other_documents, config, degrees):
+        assert torch.equal(before[elsewhere], after[elsewhere])
+        assert not torch.equal(before[~elsewhere], after[~elsewhere])
