@@ -92,7 +92,9 @@ def test_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.M
     assert len(list((tmp_path / "titanlite").glob("*.index"))) == 1
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "longer", "flip in header", "flip in offsets", "other file"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "cut in a number", "longer", "flip in header", "flip in offsets", "other file"]
+)
 def test_damaged_index_is_seen_and_built_again(tmp_path: Path, built: list[str], damage: str) -> None:
     path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     path.write_bytes(b"1\n22\n333\n")
@@ -104,6 +106,7 @@ def test_damaged_index_is_seen_and_built_again(tmp_path: Path, built: list[str],
         {
             "empty": b"",
             "cut": good[:-8],
+            "cut in a number": good[:-3],
             "longer": good + bytes(8),
             "other file": good.replace(good[16:32], bytes(16)),
         }.get(damage, good[:flip] + bytes([good[flip] ^ 4]) + good[flip + 1 :])

@@ -210,6 +210,7 @@ MISTAKES: dict[str, tuple[dict[str, bytes], tuple[str, ...], str]] = {
     "missing": ({"a.txt": b"a"}, ("b.txt",), r"data\.paths: b\.txt matches no file"),
     "folder": ({"d/a.txt": b"a"}, ("d",), r"data\.paths: d is a folder; name its files, as in d/\*\*/\*\.txt"),
     "folders only": ({"d/e/a.txt": b"a"}, ("d/*",), r"data\.paths: d/\* matches no file \(1 folders\)"),
+    "pipe": ({"a.txt": b"a"}, ("a.txt", "pipe"), r"data\.paths: pipe is a pipe or device, not a regular file"),
     "dangling": ({"a.txt": b"a"}, ("link",), r"data\.paths: cannot read link \(No such file"),
     "empty corpus": ({"a.jsonl": b""}, ("*.jsonl",), r"data\.paths = \['\*\.jsonl'\]: the corpus is empty"),
     "field": ({"a.jsonl": b'{"body": "a", "id": 1}'}, (), r"data\.text_field = 'text': .* a\.jsonl:1.*'body', 'id'"),
@@ -221,6 +222,7 @@ MISTAKES: dict[str, tuple[dict[str, bytes], tuple[str, ...], str]] = {
 def test_mistakes_are_named_in_one_line_at_the_start(corpus: Callable[..., DataConfig], mistake: str) -> None:
     files, paths, message = MISTAKES[mistake]
     os.symlink("nowhere", "link")
+    os.mkfifo("pipe")
     with pytest.raises(ValueError, match=message) as caught:
         open_source(corpus(files, *paths))
     assert "\n" not in str(caught.value)
@@ -232,24 +234,27 @@ def test_unreadable_file_is_named_at_the_start(corpus: Callable[..., DataConfig]
         open_source(corpus({}, "/proc/self/mem"))
 
 
+@pytest.mark.parametrize("pattern", ["d/**/*.txt", "d/**", "d/*/*.txt"])
 def test_unreadable_folder_is_not_passed_over(
-    corpus: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+    corpus: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
-    config = corpus({"d/a.txt": "a", "d/secret/b.txt": "b"}, "d/**/*.txt")
+    config = corpus({"d/a.txt": "a", "d/secret/b.txt": "b"}, pattern)
     monkeypatch.setattr(os, "access", lambda path, mode: "secret" not in path)  # chmod would not stop root
-    with pytest.raises(ValueError, match=r"data\.paths: d/\*\*/\*\.txt reaches the folder d/secret/, which cannot be"):
+    with pytest.raises(ValueError, match=r"data\.paths: .* reaches the folder d/secret/, which cannot be read"):
         open_source(config)
 
 
 def test_what_a_pattern_leaves_out_is_said(corpus: Callable[..., DataConfig], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="titanlite")
-    config = corpus({"d/a.txt": "a", "d/e/b.txt": "b"}, "d/**", "d/a.txt", "pipe*")
+    config = corpus({"d/a.txt": "a", "d/e/b.txt": "b"}, "d/**", "d/z", "pipe*")
     os.symlink("nowhere", "d/dangling")
     os.symlink("loop", "d/loop")
     os.symlink("a.txt", "d/z")
     os.mkfifo("pipe")
     Path("pipe.txt").write_bytes(b"p")
-    assert texts(open_source(config)) == ["a", "b", "p"]
+    source = open_source(config)
+    assert texts(source) == ["a", "b", "p"]
+    assert [file.path for file in source.files] == ["d/a.txt", "d/e/b.txt", "pipe.txt"]
     assert "d/** matches 2 dangling links or special files, left out: ['d/dangling', 'd/loop']" in caplog.text
     assert "pipe* matches 1 dangling links or special files, left out: ['pipe']" in caplog.text
     assert "d/** matches 2 folders too; only files count" in caplog.text

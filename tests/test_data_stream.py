@@ -189,6 +189,8 @@ def panics(text: str) -> np.ndarray:
         raise PanicError("regex stack")
     if text == "bug":
         raise KeyError("bug")
+    if text == "interrupt":
+        raise KeyboardInterrupt
     return ByteTokenizer().encode_document(text)
 
 
@@ -228,9 +230,10 @@ def test_what_is_no_fault_of_the_data_is_never_skipped(broken: str | BaseExcepti
     assert "file:2: " in str(chunk.error)
 
 
-def test_keyboard_interrupt_is_not_a_bad_record() -> None:
+@pytest.mark.parametrize("text", [KeyboardInterrupt(), "interrupt"])
+def test_keyboard_interrupt_is_not_a_bad_record(text: str | BaseException) -> None:
     with pytest.raises(KeyboardInterrupt):
-        chunk_of([KeyboardInterrupt()], skip=True)
+        chunk_of([text], skip=True)
 
 
 @settings(max_examples=20)

@@ -58,8 +58,11 @@ def _match(pattern: str) -> list[tuple[str, str]]:
             raise ValueError(
                 f"data.paths: {pattern} is a folder; name its files, as in {os.path.join(pattern, '**/*.txt')}"
             )
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"data.paths: {pattern} is a pipe or device, not a regular file; name files")
         return [(path, os.path.basename(path))]
-    for folder in glob.iglob(os.path.join(os.path.dirname(path), ""), recursive=True):
+    searched = path if os.path.basename(path) == "**" else os.path.dirname(path)
+    for folder in glob.iglob(os.path.join(searched, ""), recursive=True):
         if not os.access(folder, os.R_OK | os.X_OK):  # glob would pass over it
             raise ValueError(f"data.paths: {pattern} reaches the folder {folder}, which cannot be read")
     root = path

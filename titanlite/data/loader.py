@@ -36,7 +36,7 @@ class DocumentEncoder(Protocol):
         """int32 ids: [bos] text [eos]; never empty."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """A data-parallel rank's rows of one optimiser step."""
 

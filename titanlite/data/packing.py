@@ -31,7 +31,7 @@ def fingerprint_part(row_digests: np.ndarray, first_position: int) -> int:
     return int(splitmix64(row_digests + positions * np.uint64(_GAMMA)).sum(dtype=np.uint64))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Consecutive rows of the stream."""
 
@@ -41,7 +41,7 @@ class Rows:
     """Per row the positions in [0, seq_len) where a document begins or, at 0, goes on; int64, ascending."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Placed:
     """A chunk at its place in the stream."""
 

@@ -135,7 +135,7 @@ class Cursor:
         return cls(state["row"], source["document"], source["offset"], **counts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """The tokens of consecutive documents of the stream, one after the other."""
 
