@@ -110,7 +110,10 @@ class Checkpointer:
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._agree(pending.result)
+            if self._stager is None:
+                pending.result()  # it was pruning, which warns but never raises: nothing to agree on
+            else:
+                self._agree(pending.result)
 
     def newest(self, step: int = -1) -> str | None:
         """Path of the newest checkpoint whose every file is right, or None if there is no checkpoint.

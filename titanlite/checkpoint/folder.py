@@ -118,15 +118,14 @@ def commit(path: str, step: int, files: dict[str, dict[str, Any]], meta: dict[st
 
 def prune(folder: str, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints (0 keeps all). A failure is a warning: training matters more."""
-    for path in list(list_steps(folder).values())[:-keep] if keep else []:
-        trash = os.path.join(folder, f".trash-{os.path.basename(path)}-{_token()}")
-        try:
+    try:
+        for path in list(list_steps(folder).values())[:-keep] if keep else []:
             # A rename first: a kill midway must not leave half a checkpoint under a name that counts.
+            trash = os.path.join(folder, f".trash-{os.path.basename(path)}-{_token()}")
             os.rename(path, trash)
-        except OSError as error:
-            logger.warning("checkpoint %s could not be pruned: %s", path, error)
-        else:
             remove(trash)
+    except OSError as error:
+        logger.warning("older checkpoints could not be pruned: %s", error)
 
 
 def remove(path: str) -> None:
