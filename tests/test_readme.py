@@ -52,7 +52,7 @@ def test_every_key_and_file_exists() -> None:
     for section, key in keys:
         if section in SCHEMA and f"{section}.{key}" not in ("metrics.jsonl", "tokenizer.model"):  # files
             assert key in SCHEMA[section], f"{section}.{key}"
-    for path in re.findall(r"[`(]((?:\./)?[\w/]+\.(?:sh|py|toml|md|slurm))[`)]", README):
+    for path in re.findall(r"[`(]((?:\./|\w+/)*\w+\.(?:sh|py|md|slurm)|\w+/\w+\.toml)[`)]", README):
         assert (ROOT / path).exists(), path
 
 
