@@ -232,6 +232,17 @@ def test_other_corpus_or_shuffle_is_refused_and_the_file_named(tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
+def test_cursor_behind_the_end_of_its_document_stops_every_call(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path, list(TEXTS))
+    cursor = batches(data, 1)[0].cursor
+    cursor["sources"][0]["offset"] = 10_000
+    made = build(data, cursor=cursor)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"cannot resume at token 10000 of document \d+, which has"):
+            next(made)
+    made.close()
+
+
 def test_changing_what_does_not_define_the_stream_is_no_hindrance(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path, list(TEXTS))
     first, second = batches(data, 2)
