@@ -68,9 +68,7 @@ class Trainer:
         self.trained_targets = 0
         head_dim, dtype = config.model.dim // config.model.n_heads, param_dtype(config, mesh.device.type)
         if config.parallelism.enable_cpu_offload and mesh.device.type == "cpu":
-            raise ValueError(
-                "parallelism.enable_cpu_offload = true: parameters are in CPU memory already; use false"
-            )
+            raise ValueError("parallelism.enable_cpu_offload = true: parameters are in CPU memory already; use false")
         self.backend = resolve_backend(
             config.model.attention,
             device_type=mesh.device.type,
