@@ -30,7 +30,9 @@ _WARNINGS = 20  # bad records that are named one by one
 class DocumentEncoder(Protocol):
     """What the loader needs of a tokenizer."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever could change the ids of any text."""
 
     def encode_document(self, text: str) -> np.ndarray:
         """int32 ids: [bos] text [eos]; never empty."""
