@@ -36,12 +36,9 @@ def naive_bounds(content: bytes) -> list[int]:
 
 
 @pytest.fixture
-def built(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Log lines of the builds so far, filled as they come."""
-    lines: list[str] = []
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, logger="titanlite")
-    caplog.handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    return lines
+    return caplog
 
 
 @given(content=st.lists(st.sampled_from([b"\n", b"a", b"\r\n", b"\0", b"xyz", b"\n\n"]), max_size=60).map(b"".join))
@@ -72,17 +69,17 @@ def test_scan_needs_the_memory_of_a_block_whatever_the_line(tmp_path: Path) -> N
         tracemalloc.stop()
 
 
-def test_index_is_kept_by_content_and_serves_copies(tmp_path: Path, built: list[str]) -> None:
+def test_index_is_kept_by_content_and_serves_copies(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     path, copy, cache = tmp_path / "a.jsonl", tmp_path / "copy.jsonl", tmp_path / "cache"
     path.write_bytes(b"1\n22\n")
     load(path, cache)
     os.utime(path, (1, 1))
     copy.write_bytes(b"1\n22\n")
     assert load(path, cache).tolist() == load(copy, cache).tolist() == [0, 2, 5]
-    assert len(built) == 1
+    assert len(log.messages) == 1
     copy.write_bytes(b"11\n2\n")  # same size, other content
     assert load(copy, cache).tolist() == [0, 3, 5]
-    assert len(built) == 2
+    assert len(log.messages) == 2
 
 
 def test_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +92,7 @@ def test_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "damage", ["empty", "cut", "cut in a number", "longer", "flip in header", "flip in offsets", "other file"]
 )
-def test_damaged_index_is_seen_and_built_again(tmp_path: Path, built: list[str], damage: str) -> None:
+def test_damaged_index_is_seen_and_built_again(tmp_path: Path, log: pytest.LogCaptureFixture, damage: str) -> None:
     path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     path.write_bytes(b"1\n22\n333\n")
     load(path, cache)
@@ -113,7 +110,7 @@ def test_damaged_index_is_seen_and_built_again(tmp_path: Path, built: list[str],
     )
     assert load(path, cache).tolist() == [0, 2, 5, 9]
     assert stored.read_bytes() == good
-    assert [line for line in built if "damaged" in line]
+    assert [line for line in log.messages if "damaged" in line]
 
 
 def test_folder_that_cannot_be_written_is_named_with_its_key(tmp_path: Path) -> None:
@@ -221,13 +218,13 @@ def test_killed_build_leaves_no_index_and_the_next_one_cleans_up(tmp_path: Path)
 
 
 def test_log_lines_show_progress_where_there_is_no_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(index, "_LOG_SECONDS", 0.0)
     monkeypatch.setattr(index, "_SCAN_BYTES", 2)
     (tmp_path / "a.jsonl").write_bytes(b"1\n2\n")
     load(tmp_path / "a.jsonl", tmp_path)
-    assert [line for line in built if "50% of 4 bytes" in line]
+    assert [line for line in log.messages if "50% of 4 bytes" in line]
 
 
 def test_digest_samples_a_big_file_at_both_ends_and_between(tmp_path: Path) -> None:
