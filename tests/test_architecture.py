@@ -75,7 +75,7 @@ def forbidden_imports(path: str, source: str) -> Iterator[str]:
     for module, names in imports(path, source):
         parts = module.split(".")
         if parts[0] != "titanlite":
-            if room == "config" and parts[0] not in {*sys.stdlib_module_names, "tomli"}:
+            if room == "config" and parts[0] not in {*sys.stdlib_module_names, "tomllib", "tomli"}:
                 yield f"{path}: config imports {module}, which takes time to import"
             continue
         for other in [parts[1]] if len(parts) > 1 else names:
