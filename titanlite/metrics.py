@@ -74,6 +74,7 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._cursors = self._stack.enter_context(_open_after(folder / "cursor.jsonl", start_step))
         self._tensorboard = None
         if enable_tensorboard:
+            _wait_for_a_new_second(folder / "tb")
             self._tensorboard = SummaryWriter(str(folder / "tb"), purge_step=start_step + 1)
             self._stack.callback(self._tensorboard.close)
         # disable=None: off where stderr is no terminal
@@ -143,6 +144,13 @@ def _open_after(path: Path, start_step: int) -> TextIO:
             os.fsync(new.fileno())
         os.replace(temporary, path)
     return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def _wait_for_a_new_second(folder: Path) -> None:
+    """TensorBoard reads event files in the order of their names, whose first part is the second they were made in: of
+    two made in one second, the later one might be read first, and its steps purged instead of those it replaces."""
+    while any(folder.glob(f"*.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.02)
 
 
 @dataclass(frozen=True)
