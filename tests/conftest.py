@@ -1,12 +1,25 @@
 """Switches of the suite: `--slow` adds the slow tests; `gpu` tests skip, with the reason, where there is no GPU."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
 
+from titanlite.log import logger
+
 # The same examples in every run, and no deadline: a busy machine must not turn a property test red.
 settings.register_profile("titanlite", deadline=None, derandomize=True)
 settings.load_profile("titanlite")
+
+
+@pytest.fixture(autouse=True)
+def _restored_logging() -> Iterator[None]:
+    """A verb that runs inside a test takes the log over; the next test finds it as it was."""
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
