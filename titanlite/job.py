@@ -185,8 +185,8 @@ class Job:
         with self.report.throughput.waiting_for_data():
             try:
                 batch = next(self.loader)
-            except (ValueError, OSError) as error:
-                problem = str(error)
+            except Exception as error:  # of any kind: the other ranks must hear of it instead of waiting
+                problem = str(error) or repr(error)
         shares = torch.zeros(5, dtype=torch.int64)
         shares[3], shares[4] = self.stop.received is not None, problem is not None
         if batch is not None and self.mesh.tp.get_local_rank() == 0:
