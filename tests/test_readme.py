@@ -119,6 +119,31 @@ def test_kill_9_after_step_50_and_restart_on_one_rank(debug_run: Path, tmp_path:
     assert fingerprints(tmp_path / "run") == fingerprints(debug_run)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_to_the_script_saves_and_the_next_start_goes_on(
+    number: signal.Signals, debug_run: Path, tmp_path: Path
+) -> None:
+    steps = ["--training.steps", "30"]
+    job = subprocess.Popen(
+        [ROOT / "run_train.sh", "--job.dump_folder", str(tmp_path / "run"), *steps],
+        env={**os.environ, "PYTHON": sys.executable},
+        stderr=subprocess.DEVNULL,
+    )
+    cursors = tmp_path / "run/cursor.jsonl"
+    while not cursors.exists() or cursors.read_bytes().count(b"\n") < 5:
+        assert job.poll() is None
+        time.sleep(0.1)
+    job.send_signal(number)
+    assert job.wait() == 75
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "preempted"
+    assert (tmp_path / f"run/checkpoint/step-{status['step']:08d}/manifest.json").exists()
+    assert run_train(tmp_path / "run", *steps).returncode == 0
+    assert list(fingerprints(tmp_path / "run").values()) == list(fingerprints(debug_run).values())[:30]
+
+
 def descendants(pid: int) -> list[int]:
     """The process and all that it started, parents first."""
     listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
