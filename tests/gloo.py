@@ -20,6 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 120
+# Every run leaves gloo groups with threads that poll, and torch's caches refer to them: hundreds would take a core.
+MAX_RUNS = 40
 
 
 def _serve(rank: int, world_size: int, store_path: str, pipe: Connection) -> None:
@@ -46,6 +48,7 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
+        self.num_runs = 0
         context = mp.get_context("spawn")
         store = os.path.join(tempfile.mkdtemp(prefix="titanlite-gloo-"), "store")
         pairs = [context.Pipe() for _ in range(world_size)]
@@ -59,6 +62,7 @@ class Ranks:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Results of `function(*args, **kwargs)` on every rank, in rank order."""
+        self.num_runs += 1
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
         results: dict[int, Any] = {}
@@ -97,7 +101,9 @@ _groups: dict[int, Ranks] = {}
 
 
 def ranks(world_size: int) -> Ranks:
-    """The shared group of that size, started at its first use."""
+    """The shared group of that size, started at its first use, and anew after MAX_RUNS."""
+    if world_size in _groups and _groups[world_size].num_runs >= MAX_RUNS:
+        _groups[world_size].close()
     if world_size not in _groups:
         _groups[world_size] = Ranks(world_size)
     return _groups[world_size]
