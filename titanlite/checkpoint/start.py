@@ -12,15 +12,12 @@ def decide_start(config: CheckpointConfig, checkpointer: Checkpointer) -> str | 
     Raises CheckpointError, on all ranks, where the config asks for what is not there.
     """
     folder = checkpointer.folder
-    if not config.enable:
-        why = "checkpoint.enable = false"
-    elif config.resume == "never":
-        if list_steps(folder):
+    if not config.enable or config.resume == "never":
+        why = 'checkpoint.resume = "never"' if config.enable else "checkpoint.enable = false"
+        if list_steps(folder):  # a run from step 0 would also replace the logs of theirs
             raise CheckpointError(
-                f'checkpoint.resume = "never", and {folder} holds checkpoints: name another job.dump_folder, or resume'
-                ' with "auto"'
+                f'{why}, and {folder} holds checkpoints: name another job.dump_folder, or resume with "auto"'
             )
-        why = 'checkpoint.resume = "never"'
     else:
         if path := checkpointer.newest(config.load_step):
             which = "the newest valid one" if config.load_step < 0 else "checkpoint.load_step"
