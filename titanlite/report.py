@@ -30,7 +30,8 @@ class Report:
         self._start_step, self._start_tokens = trainer.step, trainer.trained_targets
         self._start_time = time.perf_counter()
         self._fingerprints: dict[int, str] = {}  # of the steps since the last logged one, to name a bad one
-        self._last: StepMetrics | None = None
+        self._result: StepResult | None = None  # of the last step
+        self._skipped = skipped_before
         self._stack = ExitStack()
         training = config.training
         self.throughput = Throughput(
@@ -69,7 +70,7 @@ class Report:
     ) -> None:
         """The trainer made a step with a batch of num_documents pieces of documents. Raises as `check_finite` does."""
         number, config = self._trainer.step, self._config
-        self._fingerprints[number] = fingerprint
+        self._fingerprints[number], self._result = fingerprint, result
         if self._run_log is not None:
             self._run_log.step(number, fingerprint, cursor)
         if number != 1 and number % config.metrics.log_freq and number != config.training.steps:
@@ -80,7 +81,7 @@ class Report:
         worst = torch.tensor([speed.data_wait_fraction, peak_memory_gib(self._trainer.mesh.device)])
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         data_wait_fraction, peak_memory = worst.tolist()
-        self._last = StepMetrics(
+        metrics = StepMetrics(
             step=number,
             loss=loss,
             grad_norm=grad_norm,
@@ -96,7 +97,7 @@ class Report:
         )
         if self._run_log is not None:
             self._run_log.log(
-                self._last,
+                metrics,
                 documents_per_row=num_documents / config.training.global_batch_size,
                 epoch=ledger["documents"] / self._num_documents,
                 bad_records=ledger["bad_records"],
@@ -112,8 +113,9 @@ class Report:
         training = self._config.training
         first, num_bad = self._trainer.guard.read()
         skipped = self._skipped_before + num_bad
-        if num_bad == 0:
+        if skipped == self._skipped:  # none since the last time
             return skipped
+        self._skipped = skipped
         batch = f" (batch {self._fingerprints[first]})" if first in self._fingerprints else ""
         what = f"the loss or gradient of step {first}{batch} is not finite"
         if training.on_nonfinite == "stop":
@@ -132,15 +134,15 @@ class Report:
             self._run_log.scalars(self._trainer.step, checkpoint_seconds=seconds)
 
     def summary(self, ledger: Mapping[str, int], checkpoint: str) -> str | None:
-        """The end-of-run text; None where this process made no step."""
-        if self._last is None:
+        """The end-of-run text; None where this process made no step. Waits for the device."""
+        if self._result is None:
             return None
         seconds = time.perf_counter() - self._start_time
         return summary(
             self._folder,
             start_step=self._start_step,
             step=self._trainer.step,
-            loss=self._last.loss,
+            loss=self._result.loss.item(),
             epoch=ledger["documents"] / self._num_documents,
             wall_seconds=seconds,
             tokens_per_second=(self._trainer.trained_targets - self._start_tokens) / seconds,
