@@ -3,6 +3,7 @@
 It knows nothing about training: callers ask whether to stop and say what happened.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -22,6 +23,8 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+
+from titanlite.log import logger
 
 
 class RunFailed(Exception):
@@ -101,6 +104,7 @@ def claim_run_folder(folder: Path) -> Iterator[None]:
             lock.truncate(0)
             lock.write(told[0])
             lock.flush()
+            os.fsync(lock.fileno())  # NFS sends a file that stays open to other nodes only now
         except BlockingIOError:
             owner = (folder / ".claim").read_text()
             problem = f"is in use by another job ({owner}): wait for its end or name another folder"
@@ -133,6 +137,11 @@ def _lock(file: TextIO) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            logger.warning("%s: no locks on this storage (%s): a second job is not kept out", file.name, error.strerror)
+            return
 
 
 def agree(problem: str | None) -> None:
@@ -150,5 +159,5 @@ def agreed() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        problem = str(error)
+        problem = str(error) or repr(error)
     agree(problem)
