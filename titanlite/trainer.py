@@ -80,6 +80,7 @@ class Trainer:
         self.model = build_model(config, mesh)
         init_weights(self.model, lambda name: initial_mean_std(name, config.model), config.training.seed)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        self.parameter_device = next(self.model.parameters()).device
         self.guard = NonFiniteGuard(mesh.device, sticky=config.training.on_nonfinite == "stop")
 
     def train_step(self, rows: Tensor, num_targets: int) -> StepResult:
@@ -125,7 +126,8 @@ class Trainer:
         if self.config.training.max_norm > 0:
             clip_grads_with_norm_(self.model.parameters(), self.config.training.max_norm, norm)
         set_lr(self.optimizer, lr)
-        self.optimizer.found_inf = self.guard.found_inf  # type: ignore[attr-defined]
+        # Moved here, where the host waits for it: AdamW's own copy to offloaded parameters may be read too early.
+        self.optimizer.found_inf = self.guard.found_inf.to(self.parameter_device)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm
