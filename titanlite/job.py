@@ -54,7 +54,8 @@ class Job:
         self.folder = Path(config.job.dump_folder)
         self._stack = ExitStack()
         self._joined = self._claimed = False
-        self._saved_step = -1
+        self._saver: Checkpointer | None = None
+        self._saved_step = 0  # before the first step there is nothing to save: the next start begins again
         self._warm = False  # a step was made in this process
 
     def __enter__(self) -> "Job":
@@ -69,11 +70,17 @@ class Job:
         self._close(error)
 
     def _close(self, error: BaseException | None) -> None:
+        # An agreed error is the same on every rank; after another one, a peer may still wait in a collective.
+        agreed_on = error is None or isinstance(error, (RunFailed, CheckpointError))
+        if agreed_on and self._saver is not None:
+            try:
+                self._saver.wait()  # an earlier save may be on its way to the disk: it needs the group and the claim
+            except CheckpointError as failure:
+                logger.warning("%s", failure)
         if error is not None and self._claimed:
             self.set_status("failed", None, reason=f"{type(error).__name__}: {error}")
         self._stack.close()
-        # An agreed error is the same on every rank; after another one, a peer may still wait in a collective.
-        if self._joined and (error is None or isinstance(error, (RunFailed, CheckpointError))):
+        if self._joined and agreed_on:
             dist.destroy_process_group()
 
     def _open(self) -> None:
@@ -90,7 +97,7 @@ class Job:
         self.set_status("starting", None)
         checkpoint = config.checkpoint
         # Also without saving: init_from reads through it.
-        self.checkpointer = Checkpointer(
+        self.checkpointer = self._saver = Checkpointer(
             str(self.folder / "checkpoint"),
             keep_latest_k=checkpoint.keep_latest_k,
             async_save=checkpoint.async_mode == "async",
@@ -157,11 +164,11 @@ class Job:
             logger.warning("changed since the checkpoint: %s", line)
 
     def _open_logs(self, skipped_before: int) -> None:
-        if dist.get_rank() == 0:
-            (self.folder / "config.toml").write_text(dump_toml(self.config))
-            write_json(self.folder / "env.json", describe_environment())
-            write_json(self.folder / "corpus.json", self.loader.corpus)
         with agreed():
+            if dist.get_rank() == 0:
+                (self.folder / "config.toml").write_text(dump_toml(self.config))
+                write_json(self.folder / "env.json", describe_environment())
+                write_json(self.folder / "corpus.json", self.loader.corpus)
             self.profiling = Profiling(
                 self.config.profiling,
                 folder=self.folder,
@@ -169,9 +176,9 @@ class Job:
                 device=self.mesh.device,
                 start_step=self.trainer.step,
             )
+            num_documents = self.loader.corpus["num_documents"]
+            self.report = Report(self.config, self.trainer, num_documents, skipped_before)
         self._stack.enter_context(self.profiling)
-        num_documents = self.loader.corpus["num_documents"]
-        self.report = Report(self.config, self.trainer, num_documents, skipped_before)
         self._stack.enter_context(self.report)
         self.set_status("running", self.trainer.step)
 
