@@ -1,17 +1,12 @@
 """What a user gets wrong ends in one line that names the key or file, the value and the fix, and in exit code 1."""
 
-import contextlib
-import fcntl
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
-from tests.gloo import ranks
 from tests.make_tokenizers import single_bytes, write_tokenizer
 from tests.tiny_run import metrics, write_config
 from titanlite.train import main
@@ -120,33 +115,3 @@ def test_skipped_updates_are_bounded_and_counted(tmp_path: Path, capsys: pytest.
     told = capsys.readouterr().err
     assert "4 updates were left out, more than training.max_skipped_steps = 3" in told
     assert [row["grad_norm"] for row in metrics(tmp_path / "run")][1:] == [None] * 4
-
-
-def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write_config(tmp_path)
-    (tmp_path / "run").mkdir()
-    with open(tmp_path / "run/.claim", "w") as claim:
-        fcntl.flock(claim, fcntl.LOCK_EX)
-        claim.write("node7 pid 4711")
-        claim.flush()
-        assert main(["--job.config_file", str(config)]) == 1
-    message = capsys.readouterr().err
-    assert "is in use by another job (node7 pid 4711)" in message
-    assert main(["--job.config_file", str(config)]) == 0
-
-
-def main_in_own_folder(config: Path) -> tuple[int, str]:
-    """`main` with a run folder per rank, as on nodes without shared storage; its exit code and what it printed."""
-    printed = io.StringIO()
-    folder = config.parent / f"run-of-rank-{dist.get_rank()}"
-    with contextlib.redirect_stderr(printed):
-        code = main(["--job.config_file", str(config), f"--job.dump_folder={folder}"])
-    return code, printed.getvalue()
-
-
-def test_ranks_that_do_not_share_the_folder_are_told(tmp_path: Path) -> None:
-    (code, told), (other_code, told_twice) = ranks(2).run(main_in_own_folder, write_config(tmp_path))
-    assert (code, other_code) == (1, 1)
-    assert "is not the same folder on rank 1" in told
-    assert "must be shared" in told
-    assert "titanlite:" not in told_twice
