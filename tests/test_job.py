@@ -1,9 +1,12 @@
 """What a job does at its edges: a stop before the first step, a failure during a save, steps between logged ones."""
 
+import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -242,3 +245,26 @@ def test_an_error_without_words_is_an_error(tmp_path: Path) -> None:
             fail()
     finally:
         dist.destroy_process_group()
+
+
+def main_with_small_files(config: Path, kib: int) -> tuple[int, str]:
+    """`main` on ranks of which the first may write files of so many KiB only; its exit code and what it printed."""
+    printed = io.StringIO()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kib * 1024, limits[1]))
+    try:
+        with contextlib.redirect_stderr(printed):
+            return main(["--job.config_file", str(config)]), printed.getvalue()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_logs_that_cannot_be_written_end_the_run_on_every_rank(tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, training__steps=400, checkpoint__enable=False, metrics__enable_tensorboard=False, metrics__log_freq=7
+    )
+    (code, told), (other_code, _) = ranks(2).run(main_with_small_files, config, 24)
+    assert (code, other_code) == (1, 1)
+    assert "the logs of step" in told
+    assert "File too large" in told

@@ -55,6 +55,7 @@ class Job:
         self._stack = ExitStack()
         self._joined = self._claimed = False
         self._saver: Checkpointer | None = None
+        self._problem: str | None = None  # that this rank met after its last exchange with the others
         self._saved_step = 0  # before the first step there is nothing to save: the next start begins again
         self._warm = False  # a step was made in this process
 
@@ -78,8 +79,13 @@ class Job:
             except CheckpointError as failure:
                 logger.warning("%s", failure)
         if error is not None and self._claimed:
-            self.set_status("failed", None, reason=f"{type(error).__name__}: {error}")
-        self._stack.close()
+            step = self.trainer.step if hasattr(self, "trainer") else None
+            self.set_status("failed", step, reason=f"{type(error).__name__}: {error}")
+        try:
+            self._stack.close()
+        except OSError as failure:  # rank 0's logs: what they still held cannot be written
+            if error is None:
+                raise RunFailed(f"the logs cannot be closed: {failure}") from failure
         if self._joined and agreed_on:
             dist.destroy_process_group()
 
@@ -188,7 +194,7 @@ class Job:
 
     def next_step(self) -> Step | None:
         """The next step's data; None when any rank was asked to stop. A data error on any rank is raised on all."""
-        batch, problem = None, None
+        batch, problem = None, self._problem
         with self.report.throughput.waiting_for_data():
             try:
                 batch = next(self.loader)
@@ -217,12 +223,15 @@ class Job:
         """Book the step: cursor, logs at logged steps, a checkpoint where one is due."""
         number, config = self.trainer.step, self.config
         self.cursor, self.ledger = step.batch.cursor, step.batch.ledger
-        self.report.step(
-            result, step.fingerprint, num_documents=step.num_documents, cursor=self.cursor, ledger=self.ledger
-        )
+        try:
+            self.report.step(
+                result, step.fingerprint, num_documents=step.num_documents, cursor=self.cursor, ledger=self.ledger
+            )
+            self.profiling.step()
+        except OSError as error:
+            self._problem = f"the logs of step {number} cannot be written: {error}"
         if number % config.checkpoint.interval == 0:
             self.save()
-        self.profiling.step()
         if not self._warm:
             set_timeout(self.mesh, config.comm.train_timeout_seconds)
             self._warm = True
@@ -252,6 +261,9 @@ class Job:
 
     def finish(self, state: str) -> None:
         """The end of a run that is finished or preempted: save, wait until it is on disk, say so."""
+        agree(self._problem)
+        if state == "preempted" and not self.config.checkpoint.enable:
+            raise RunFailed(f"stopped after step {self.trainer.step}; checkpoint.enable = false, so nothing was saved")
         self.save()
         self.checkpointer.wait()
         self.set_status(state, self.trainer.step)

@@ -68,25 +68,42 @@ class Report:
         cursor: Mapping[str, Any],
         ledger: Mapping[str, int],
     ) -> None:
-        """The trainer made a step with a batch of num_documents pieces of documents. Raises as `check_finite` does."""
+        """The trainer made a step with a batch of num_documents pieces of documents.
+
+        Raises as `check_finite` does, on all ranks, and OSError on rank 0 where its files cannot be written.
+        """
         number, config = self._trainer.step, self._config
         self._fingerprints[number], self._result = fingerprint, result
+        logged = number == 1 or number % config.metrics.log_freq == 0 or number == config.training.steps
+        metrics = self._measure(result, fingerprint) if logged else None
         if self._run_log is not None:
             self._run_log.step(number, fingerprint, cursor)
-        if number != 1 and number % config.metrics.log_freq and number != config.training.steps:
-            return
+            if metrics is not None:
+                self._run_log.log(
+                    metrics,
+                    documents_per_row=num_documents / config.training.global_batch_size,
+                    epoch=ledger["documents"] / self._num_documents,
+                    bad_records=ledger["bad_records"],
+                )
+        if logged:
+            self.check_finite()
+            self._fingerprints.clear()
+
+    def _measure(self, result: StepResult, fingerprint: str) -> StepMetrics:
+        """The numbers of a logged step. Waits for the device; collective."""
+        number, tokens = self._trainer.step, self._trainer.trained_targets
         loss, grad_norm = result.loss.item(), result.grad_norm.item()
-        speed = self.throughput.read(number, self._trainer.trained_targets)
+        speed = self.throughput.read(number, tokens)
         # The rank that waits longest, and the one that needs most memory, are the ones to know of.
         worst = torch.tensor([speed.data_wait_fraction, peak_memory_gib(self._trainer.mesh.device)])
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         data_wait_fraction, peak_memory = worst.tolist()
-        metrics = StepMetrics(
+        return StepMetrics(
             step=number,
             loss=loss,
             grad_norm=grad_norm,
             lr=result.lr,
-            tokens=self._trainer.trained_targets,
+            tokens=tokens,
             tokens_per_second=speed.tokens_per_second,
             tokens_per_second_per_device=speed.tokens_per_second_per_device,
             mfu=speed.mfu,
@@ -95,15 +112,6 @@ class Report:
             peak_memory_gib=peak_memory,
             batch_fingerprint=fingerprint,
         )
-        if self._run_log is not None:
-            self._run_log.log(
-                metrics,
-                documents_per_row=num_documents / config.training.global_batch_size,
-                epoch=ledger["documents"] / self._num_documents,
-                bad_records=ledger["bad_records"],
-            )
-        self.check_finite()
-        self._fingerprints.clear()
 
     def check_finite(self) -> int:
         """The number of updates left out so far. Waits for the device; the same on every rank.

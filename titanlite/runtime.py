@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -64,7 +64,7 @@ def describe_environment() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "cuda": torch.version.cuda,
         "git": _git("rev-parse", "HEAD"),
         "git_changes": bool(_git("status", "--porcelain")),
@@ -76,6 +76,13 @@ def describe_environment() -> dict[str, Any]:
         "threads_per_rank": torch.get_num_threads(),
         "command": sys.argv,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # importable, but not installed
+        return None
 
 
 def _git(*arguments: str) -> str | None:
