@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
 
     init_logging(rank)
     status = read_json(Path(config.job.dump_folder) / "status.json")
-    if status.get("state") == "finished" and status["step"] >= config.training.steps:
+    done = status.get("state") == "finished" and status["step"] >= config.training.steps
+    if done and config.checkpoint.load_step < 0:
         logger.info(
             "the run in %s is finished at step %d: nothing to do (raise training.steps to go on, or name another"
             " job.dump_folder)",

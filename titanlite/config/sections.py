@@ -186,7 +186,7 @@ class CheckpointConfig:
     """auto: continue from the newest valid checkpoint, else start anew. must: as auto, but having none is an error.
     never: start anew; refuses a run folder that holds checkpoints."""
     load_step: int = -1
-    """Step to resume from; -1: the newest."""
+    """Step to resume from; -1: the newest. For the command line: in a file it would turn every later start back."""
     init_from: str = ""
     """Checkpoint folder (.../step-N) whose weights start a new run; a run that can resume does not read it."""
 
