@@ -1,6 +1,7 @@
 """Whole runs of the real verb: what they leave behind, exact and elastic resume, a stop on request, bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,8 +20,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.gloo import ranks
-from tests.make_tokenizers import single_bytes, write_tokenizer
-from tests.tiny_run import fingerprints, metrics, write_config
+from tests.make_tokenizers import real_code, single_bytes, write_llama3_like, write_tokenizer
+from tests.tiny_run import descendants, fingerprints, metrics, write_config
 from titanlite.train import main
 
 LAST = "checkpoint/step-00000008"
@@ -217,16 +218,40 @@ def test_kill_9_under_torchrun_and_restart_with_other_ranks(uninterrupted: Path,
     job = subprocess.Popen(
         [*command, "-m", "titanlite.train", "--job.config_file", str(config)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
         stderr=subprocess.DEVNULL,
     )
     cursors = tmp_path / "run/cursor.jsonl"
     while not cursors.exists() or cursors.read_bytes().count(b"\n") < 5:
         assert job.poll() is None
         time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-9", "-f", str(config)], check=False)
+    for process in descendants(job.pid):
+        os.kill(process, signal.SIGKILL)
     job.wait()
     write_config(tmp_path, paths=str(uninterrupted / "corpus/*.txt"))
     assert run(1, config) == [0]
     assert fingerprints(tmp_path / "run") == fingerprints(uninterrupted / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_a_tokenizer_of_llama_3_size_and_a_corpus_of_100_mb(kind: str, tmp_path: Path) -> None:
+    tokenizer = write_llama3_like(tmp_path / "llama3")
+    texts = list(real_code(every=10))
+    corpus = tmp_path / "large"
+    corpus.mkdir()
+    with open(corpus / "all.jsonl", "w") as records:
+        size = number = 0
+        while size < 100e6:
+            document = f"# {number}\n{texts[number % len(texts)]}"
+            if kind == "text":
+                (corpus / f"{number:06}.txt").write_text(document)
+            else:
+                records.write(json.dumps({"text": document}) + "\n")
+            size, number = size + len(document.encode()), number + 1
+    paths = str(corpus / ("*.txt" if kind == "text" else "all.jsonl"))
+    config = write_config(tmp_path, paths=paths, model__vocab_size=128256, training__steps=2)
+    assert main(["--job.config_file", str(config), "--tokenizer.path", str(tokenizer)]) == 0
+    assert json.loads((tmp_path / "run/corpus.json").read_text())["num_documents"] == number
+    losses = [row["loss"] for row in metrics(tmp_path / "run")]
+    assert losses[0] == pytest.approx(math.log(128256), abs=0.1)
+    assert losses[1] < losses[0]

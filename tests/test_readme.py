@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import fingerprints, metrics
+from tests.tiny_run import descendants, fingerprints, metrics
 from titanlite.config import load_config
 from titanlite.config.schema import SCHEMA
 
@@ -142,13 +142,3 @@ def test_a_signal_to_the_script_saves_and_the_next_start_goes_on(
     assert (tmp_path / f"run/checkpoint/step-{status['step']:08d}/manifest.json").exists()
     assert run_train(tmp_path / "run", *steps).returncode == 0
     assert list(fingerprints(tmp_path / "run").values()) == list(fingerprints(debug_run).values())[:30]
-
-
-def descendants(pid: int) -> list[int]:
-    """The process and all that it started, parents first."""
-    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
-    family = [pid]
-    for parent in family:
-        family += [child for child, its_parent in pairs if its_parent == parent]
-    return family

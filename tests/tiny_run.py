@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,13 @@ def fingerprints(run: Path) -> dict[int, str]:
     found = {row["step"]: row["batch_fingerprint"] for row in rows}
     assert len(found) == len(rows)
     return found
+
+
+def descendants(pid: int) -> list[int]:
+    """The process and all that it started, parents first."""
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
+    family = [pid]
+    for parent in family:
+        family += [child for child, its_parent in pairs if its_parent == parent]
+    return family
