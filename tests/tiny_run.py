@@ -20,7 +20,7 @@ def text(number: int) -> str:
 
 def write_corpus(folder: Path) -> str:
     """Forty text files; returns their glob."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number in range(NUM_DOCUMENTS):
         (folder / f"{number:02}.txt").write_text(text(number))
     return str(folder / "*.txt")
