@@ -4,7 +4,7 @@ It knows the run folder and the other ranks; it does not know how a step is comp
 """
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,8 @@ class Job:
                 logger.warning("%s", failure)
         if error is not None and self._claimed:
             step = self.trainer.step if hasattr(self, "trainer") else None
-            self.set_status("failed", step, reason=f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # a full disk must not keep the error itself from being told
+                self.set_status("failed", step, reason=f"{type(error).__name__}: {error}")
         try:
             self._stack.close()
         except OSError as failure:  # rank 0's logs: what they still held cannot be written
