@@ -130,6 +130,8 @@ def test_a_signal_to_the_script_saves_and_the_next_start_goes_on(
         [ROOT / "run_train.sh", "--job.dump_folder", str(tmp_path / "run"), *steps],
         env={**os.environ, "PYTHON": sys.executable},
         stderr=subprocess.DEVNULL,
+        # As in a terminal: a suite in the background ignores SIGINT, and a shell cannot trap what it inherits ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     cursors = tmp_path / "run/cursor.jsonl"
     while not cursors.exists() or cursors.read_bytes().count(b"\n") < 5:
