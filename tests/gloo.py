@@ -78,7 +78,8 @@ class Ranks:
                 try:
                     ok, results[rank] = pipe.recv()
                 except (EOFError, OSError):
-                    ok, results[rank] = False, "the process died"
+                    self._processes[rank].join(timeout=5)
+                    ok, results[rank] = False, f"the process died, exit code {self._processes[rank].exitcode}"
                 if not ok:
                     failures.append(f"rank {rank} of {self.world_size}:\n{results[rank]}")
         if failures:
