@@ -19,8 +19,10 @@ from titanlite.config.sections import (
     OptimizerConfig,
     ParallelismConfig,
     ProfilingConfig,
+    SourceConfig,
     TokenizerConfig,
     TrainingConfig,
+    source_configs,
 )
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelismConfig",
     "ProfilingConfig",
+    "SourceConfig",
     "TokenizerConfig",
     "TrainingConfig",
     "check",
@@ -45,4 +48,5 @@ __all__ = [
     "dump_toml",
     "load_config",
     "resolve_degrees",
+    "source_configs",
 ]

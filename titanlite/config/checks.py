@@ -34,7 +34,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "from 0 to 2147483647",
         lambda v: 0 <= v < LIMIT,
-        "data.num_workers data.prefetch lr_scheduler.warmup_steps checkpoint.keep_latest_k",
+        "data.max_epochs data.max_bad_records data.num_workers data.prefetch lr_scheduler.warmup_steps"
+        " checkpoint.keep_latest_k",
     ),
     ("from 0 to 9223372036854775807", lambda v: 0 <= v < 2**63, "training.seed"),
     (
@@ -46,9 +47,9 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("at least 0", lambda v: v >= 0, "training.max_norm optimizer.weight_decay"),
     ("at least 1", lambda v: v >= 1, "model.rope_scaling_factor"),
     ("from 0 to 1", lambda v: 0 <= v <= 1, "lr_scheduler.decay_ratio lr_scheduler.lr_min"),
-    ("at least 0 and below 1", lambda v: 0 <= v < 1, "optimizer.beta1 optimizer.beta2"),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, "data.held_out_fraction optimizer.beta1 optimizer.beta2"),
     ("not empty", bool, "job.dump_folder tokenizer.path data.text_field compile.backend"),
-    ("without empty strings", all, "data.paths"),
+    ("without empty strings", all, "data.paths data.exclude"),
 ]
 
 

@@ -16,10 +16,14 @@ def dump_toml(config: Config) -> str:
     """Every key, defaults too. Loads back equal but for job.config_file, which a file cannot set: it is a comment."""
     lines = ["# Every key of a titanlite run, defaults included. Start from it again with --job.config_file."]
     for section, table in asdict(config).items():
+        sources = table.pop("sources", {})
         lines += ["", f"[{section}]"]
         for key, value in table.items():
             line = f"{key} = {toml_value(value)}"
             lines.append(f"# {line}" if (section, key) == ("job", "config_file") else line)
+        for name, source in sources.items():
+            lines += ["", f"[{section}.sources.{name}]"]
+            lines += [f"{key} = {toml_value(value)}" for key, value in source.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -36,4 +40,10 @@ def diff(old: dict[str, Any], new: Config) -> list[str]:
 
 def _flat(config: dict[str, Any]) -> dict[str, str]:
     """Values as TOML by `section.key`: a list and a tuple of the same strings are the same."""
-    return {f"{section}.{key}": toml_value(value) for section, table in config.items() for key, value in table.items()}
+    flat: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": shown for key, shown in _flat(value).items()})
+        else:
+            flat[name] = toml_value(value)
+    return flat

@@ -34,12 +34,12 @@ def help_text() -> str:
 
 
 def field_docs() -> dict[tuple[str, str], str]:
-    """The docstring below each field of sections.py, by section and key. Python drops them, so the source is read."""
+    """The docstring below each field of sections.py, by table and key. Python drops them, so the source is read."""
     tree = ast.parse(Path(sections.__file__).read_text(encoding="utf-8"))
     classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
     docs: dict[tuple[str, str], str] = {}
-    for section, section_type in SECTIONS.items():
-        for field, below in itertools.pairwise(classes[section_type.__name__]):
+    for table, table_type in SECTIONS.items():
+        for field, below in itertools.pairwise(classes[table_type.__name__]):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
-                docs[section, field.target.id] = " ".join(ast.literal_eval(below.value).split())
+                docs[table, field.target.id] = " ".join(ast.literal_eval(below.value).split())
     return docs

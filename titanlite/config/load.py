@@ -10,7 +10,7 @@ from typing import Any
 
 from titanlite.config.checks import check
 from titanlite.config.help import help_text
-from titanlite.config.schema import SCHEMA, SECTIONS, ConfigError, Field, from_text, from_toml, type_name
+from titanlite.config.schema import SCHEMA, SECTIONS, SOURCE, ConfigError, Field, from_text, from_toml, type_name
 from titanlite.config.sections import Config
 from titanlite.config.toml_file import read_toml
 
@@ -31,7 +31,7 @@ def load_config(argv: list[str]) -> Config:
         binder.bind_file(path)
     for name, text in arguments:
         binder.bind("command line: ", "--", name, text, from_text)
-    config = Config(**{name: section(**binder.values[name]) for name, section in SECTIONS.items()})
+    config = Config(**{name: section(**binder.values[name]) for name, section in SECTIONS.items() if name != SOURCE})
     world_size = os.environ.get("WORLD_SIZE")
     if world_size is not None and not world_size.isdecimal():
         binder.problems.append(f"WORLD_SIZE = {world_size!r} in the environment: must be the number of ranks")

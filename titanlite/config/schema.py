@@ -9,13 +9,21 @@ import math
 import re
 from typing import Any, Literal, get_args, get_origin
 
-from titanlite.config.sections import Config
+from titanlite.config.sections import Config, DataConfig, SourceConfig
 
 Field = dataclasses.Field[Any]
 
-SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
+SOURCE = "data.sources.NAME"  # stands for the table of every source
+
+SECTIONS: dict[str, Any] = {
+    name: kind
+    for field in dataclasses.fields(Config)
+    for name, kind in [(field.name, field.type), (SOURCE, SourceConfig)]
+    if kind is not SourceConfig or field.type is DataConfig
+}
 SCHEMA: dict[str, dict[str, Field]] = {
-    name: {field.name: field for field in dataclasses.fields(section)} for name, section in SECTIONS.items()
+    name: {field.name: field for field in dataclasses.fields(section) if field.name != "sources"}
+    for name, section in SECTIONS.items()
 }
 
 NAMES: dict[object, tuple[str, str]] = {  # what --help and what an error message calls a type
