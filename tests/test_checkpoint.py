@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from tests.gloo import ranks
-from titanlite.checkpoint import Checkpointer, CheckpointError, read_manifest, verify
+from titanlite.checkpoint import Checkpointer, CheckpointError, DamagedCheckpoint, audit_checkpoint, read_manifest
 from titanlite.checkpoint.folder import check_free_space
 from titanlite.log import logger
 
@@ -43,6 +43,14 @@ LAYOUTS = {
     "hsdp2x2": ((2, 2), ("dp_replicate", "dp_shard")),
     "hsdp2x1x2": ((2, 1, 2), ("dp_replicate", "dp_shard", "tp")),
 }
+
+
+def verify(path: str) -> dict[str, Any]:
+    """The manifest of checkpoint `path`; raises its first problem."""
+    audit = audit_checkpoint(path)
+    if audit.problems:
+        raise DamagedCheckpoint(audit.problems[0])
+    return audit.manifest
 
 
 class Tiny(nn.Module):

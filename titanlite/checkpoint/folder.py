@@ -14,6 +14,7 @@ import stat
 import time
 import uuid
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from titanlite.log import logger
@@ -176,8 +177,13 @@ def read_manifest(path: str) -> dict[str, Any]:
     return manifest
 
 
-def check_file(path: str, name: str, record: dict[str, Any]) -> None:
-    """Raise DamagedCheckpoint unless `path`/`name` is a plain file in `path` with the size and checksum of `record`."""
+def check_file(
+    path: str, name: str, record: dict[str, Any], advance: Callable[[int], object] = lambda num_bytes: None
+) -> None:
+    """Raise DamagedCheckpoint unless `path`/`name` is a plain file in `path` with the size and checksum of `record`.
+
+    `advance` hears of every block of bytes that was read.
+    """
     file = os.path.join(path, name)
     if os.path.basename(name) != name or name in ("", ".", ".."):
         raise DamagedCheckpoint(f"{os.path.join(path, MANIFEST)}: names {name!r}, which is not a file of this folder")
@@ -187,7 +193,7 @@ def check_file(path: str, name: str, record: dict[str, Any]) -> None:
             raise DamagedCheckpoint(f"{file}: not a plain file")
         if info.st_size != record["size"]:
             raise DamagedCheckpoint(f"{file}: has {info.st_size} bytes, the manifest says {record['size']}")
-        found = _crc32(file)
+        found = _crc32(file, advance)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{file}: missing") from None
     except OSError as error:
@@ -196,12 +202,13 @@ def check_file(path: str, name: str, record: dict[str, Any]) -> None:
         raise DamagedCheckpoint(f"{file}: has checksum {found}, the manifest says {record['crc32']}")
 
 
-def _crc32(file: str) -> str:
+def _crc32(file: str, advance: Callable[[int], object]) -> str:
     value, buffer = 0, bytearray(1 << 22)
     view = memoryview(buffer)
     with open(file, "rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
             value = zlib.crc32(view[:count], value)
+            advance(count)
     return f"{value:08x}"
 
 
