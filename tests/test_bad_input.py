@@ -45,7 +45,6 @@ CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], list[str]]] = {
     "vocabulary too small": (lambda f: {"model__vocab_size": 257}, ["model.vocab_size = 257", "258"]),
     "flex on a CPU": (lambda f: {"model__attention": "flex", "training__seq_len": 128}, ["model.attention", "flex"]),
     "nothing to resume": (lambda f: {"checkpoint__resume": "must"}, ["checkpoint.resume", "must"]),
-    "no such step": (lambda f: {"checkpoint__load_step": 3}, ["no checkpoint of step 3"]),
     "no such weights": (lambda f: {"checkpoint__init_from": str(f / "absent")}, ["absent"]),
     "folder is a file": (lambda f: {"job__dump_folder": str(f / "config.toml")}, ["job.dump_folder", "config.toml"]),
     "CUDA only": (lambda f: {"profiling__enable_memory_snapshot": True}, ["profiling.enable_memory_snapshot", "CUDA"]),
@@ -67,6 +66,11 @@ def test_one_line_names_it(case: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(message) == 1, message
     for word in words:
         assert word in message[0]
+
+
+def test_a_step_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--job.config_file", str(write_config(tmp_path)), "--checkpoint.load_step", "3"]) == 1
+    assert "no checkpoint of step 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("world_size", ["3", "6"])

@@ -22,7 +22,7 @@ import titanlite.config
 from titanlite.config import Config, ConfigError, ParallelismConfig, diff, dump_toml, load_config, resolve_degrees
 from titanlite.config.checks import RANGES
 from titanlite.config.help import field_docs
-from titanlite.config.schema import SCHEMA
+from titanlite.config.schema import COMMAND_LINE_ONLY, SCHEMA, SOURCE
 from titanlite.config.toml_file import key_lines, read_toml
 
 ROOT = Path(__file__).parent.parent
@@ -129,13 +129,16 @@ def valid_values(field: "dataclasses.Field[Any]", name: str) -> st.SearchStrateg
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_dump_loads_back_equal(tmp_path: Path, values: dict[str, dict[str, Any]], lr: float, seed: int) -> None:
     values["optimizer"]["lr"], values["training"]["seed"] = lr, seed
+    if not values["data"]["paths"]:  # nothing to choose in the built-in corpus
+        values["data"] |= {"exclude": (), "text_field": "text"}
     config = Config(**{f.name: f.type(**values[f.name]) for f in dataclasses.fields(Config)})  # type: ignore[operator]
     path = write(tmp_path, dump_toml(config))
     loaded = load_config(["--job.config_file", path])
     assert dataclasses.replace(loaded, job=config.job) == config
     assert loaded.job == dataclasses.replace(config.job, config_file=path)
-    for section, key in KEYS:
-        assert f"\n{key} = " in dump_toml(config) or f"\n# {key} = " in dump_toml(config), f"{section}.{key}"
+    for section, key in [pair for pair in KEYS if pair[0] != SOURCE]:  # there is none here
+        mark = "# " if f"{section}.{key}" in COMMAND_LINE_ONLY else ""
+        assert f"\n{mark}{key} = " in dump_toml(config), f"{section}.{key}"
 
 
 def test_diff_names_what_changed() -> None:
@@ -188,7 +191,8 @@ def test_every_misspelt_key_is_told_its_line_and_its_right_name(tmp_path: Path, 
 
 
 def test_every_misspelt_section_is_told_its_line_and_its_right_name(tmp_path: Path) -> None:
-    meant = {typo: section for section in SCHEMA for typo in one_edit(section) if typo not in SCHEMA}
+    meant = {typo: section for section in SCHEMA if section != SOURCE for typo in one_edit(section)}
+    meant = {typo: section for typo, section in meant.items() if typo not in SCHEMA}
     file = write(tmp_path, "".join(f"[{typo}]\nlr = 1\nsteps = 'x'\n" for typo in meant))
     expected = [
         f"{file}:{3 * i + 1}: unknown section [{typo}]: did you mean [{section}]?"
@@ -230,21 +234,25 @@ WRONG_TEXT: dict[object, list[str]] = {
 }
 
 
+PATHS = f"--{SOURCE}.paths=x"  # what a source needs to be sound
+
+
 @pytest.mark.parametrize(("section", "key"), KEYS)
 def test_every_wrong_type_is_an_error(tmp_path: Path, section: str, key: str) -> None:
     kind = SCHEMA[section][key].type
     is_choice = get_origin(kind) is Literal
+    paths = '\npaths = ["x"]' if section == SOURCE and key != "paths" else ""
     for text in ['"Auto"', "1", "true"] if is_choice else WRONG_TOML[kind]:
-        if key == "config_file":
-            continue  # not allowed in a file at all
-        file = write(tmp_path, f"[{section}]\n\n{key} = {text}")
+        if f"{section}.{key}" in COMMAND_LINE_ONLY:
+            continue
+        file = write(tmp_path, f"[{section}]\n\n{key} = {text}{paths}")
         (problem,) = problems(file=file)
         assert problem.startswith(f"{file}:3: {section}.{key} must be ")
         assert "finite" in problem or text.lstrip("-") not in ("nan", "inf")
         assert not is_choice or f"one of {', '.join(get_args(kind))}, not " in problem
     for text in ["Auto", "", "'auto'"] if is_choice else WRONG_TEXT[kind]:
         if key != "config_file":
-            (problem,) = problems(f"--{section}.{key}={text}")
+            (problem,) = problems(*[PATHS][: len(paths)], f"--{section}.{key}={text}")
             assert problem.startswith(f"command line: --{section}.{key} must be ")
 
 
@@ -257,6 +265,16 @@ def test_every_wrong_type_is_an_error(tmp_path: Path, section: str, key: str) ->
         (b"a = " + 100000 * b"[", ": not valid TOML: nested too deeply"),
         (b"\xff\xfe[\x00", ": not UTF-8 text (byte 0)"),
         (b"[job]\nconfig_file = 'x'", ":2: job.config_file has no effect in a file: remove it"),
+        (
+            b"[checkpoint]\n\nload_step = 5",
+            ":3: checkpoint.load_step in a file would turn every later start back: remove",
+        ),
+        (
+            b"[checkpoint]\nload_step = -1",
+            ":2: checkpoint.load_step in a file would turn every later start back: remove",
+        ),
+        (b'[training]\n\n"st\\u0065pz" = 1', ":3: unknown key training.stepz: did you mean training.steps?"),
+        (b"training = {\"se\\u0065d\" = 'x'}", ":1: training.seed must be an integer"),
         (b"training = 1", ":1: training is a section: write [training] above its keys"),
         (b"\nsteps = 1", ":2: steps must stand in a section: did you mean training.steps?"),
         (b"[[training]]", ":1: training is a section: write [training] above its keys"),
@@ -357,7 +375,7 @@ def test_every_number_has_a_range() -> None:
 
 @pytest.mark.parametrize("name", [name for _, _, names in RANGES for name in names.split()])
 def test_every_range_is_checked(name: str) -> None:
-    section, key = name.split(".")
+    section, _, key = name.rpartition(".")
     outside: dict[object, list[str]] = {
         int: ["-2", "9223372036854775808"],
         float: ["-0.5"],
@@ -365,7 +383,7 @@ def test_every_range_is_checked(name: str) -> None:
         tuple[str, ...]: ["a,,b"],
     }
     for text in outside[SCHEMA[section][key].type]:
-        (problem,) = problems(f"--{name}={text}")
+        (problem,) = problems(*[PATHS][: section == SOURCE], f"--{name}={text}")
         assert problem.startswith(f"{name} = ")
         assert ": must be " in problem
 
@@ -392,6 +410,12 @@ RULES = [  # command line, number of ranks, words of the one message
     ("--lr_scheduler.decay_ratio=0 --lr_scheduler.lr_min=0.1", None, "lr_min = 0.1 lr_scheduler.decay_ratio = 0.0"),
     ("--lr_scheduler.decay_ratio=0 --lr_scheduler.decay_type=sqrt", None, 'decay_type = "sqrt" decay_ratio = 0.0'),
     ("--data.format=jsonl", None, 'data.format = "jsonl" data.paths = []'),
+    ("--data.format=parquet", None, 'data.format = "parquet" data.paths = []'),
+    ("--data.exclude=a", None, 'data.exclude = ["a"] data.paths = []'),
+    ("--data.text_field=a", None, 'data.text_field = "a" data.paths = []'),
+    ("--data.paths=a --data.format=text --data.text_field=b", None, 'data.text_field = "b" data.format = "text"'),
+    ("--data.shuffle=false --data.shuffle_block=9", None, "data.shuffle_block = 9 data.shuffle = false"),
+    ("--data.max_bad_records=9", None, 'data.max_bad_records = 9 data.on_bad_record = "stop" on_bad_record = "skip"'),
     ("--checkpoint.resume=never --checkpoint.load_step=5", None, 'load_step = 5 checkpoint.resume = "never"'),
     ("--checkpoint.enable=false --checkpoint.resume=must", None, 'resume = "must" checkpoint.enable = false'),
     ("--checkpoint.enable=false --checkpoint.load_step=5", None, "load_step = 5 checkpoint.enable = false"),
@@ -436,6 +460,9 @@ def test_every_rule(monkeypatch: pytest.MonkeyPatch, arguments: str, world_size:
         ("--parallelism.tensor_parallel_degree=2 --parallelism.data_parallel_replicate_degree=2", 8),
         ("--model.rope_scaling_factor=8 --model.rope_low_freq_factor=2", None),
         ("--training.on_nonfinite=skip --training.max_skipped_steps=3", None),
+        ("--data.on_bad_record=skip --data.max_bad_records=0", None),
+        ("--data.format=text --data.max_epochs=1 --data.packing=best_fit --data.held_out_fraction=0.01", None),
+        ("--data.paths=a --data.exclude=b --data.format=parquet --data.text_field=c", None),
     ],
 )
 def test_sound_configurations_pass(monkeypatch: pytest.MonkeyPatch, arguments: str, world_size: int | None) -> None:
@@ -488,7 +515,7 @@ def test_help_explains_every_key() -> None:
     assert caught.value.code == 0
     text = re.sub(r"\s+", " ", shown.getvalue())
     docs = field_docs()
-    assert set(docs) == set(KEYS)
+    assert set(docs) == {*KEYS, ("data", "sources")}
     for section, key in KEYS:
         default = json.dumps(SCHEMA[section][key].default)
         pattern = rf"--{section}\.{key} \S+ \(default {re.escape(default)}\) {re.escape(docs[section, key])}"
@@ -528,14 +555,19 @@ def section_reads(source: str) -> set[tuple[str, str]]:
     """(section, key) of every `<section>.key` that a file reads, by names that are bound to a section.
 
     A section's own name (`config.training`, `training`) is such a name, and so is an argument, variable or attribute
-    that is annotated with the section's class or assigned from such a name.
+    that is annotated with the section's class or assigned from such a name. The same holds of sources: what
+    source_configs gives, and what one loops over, is one of them or holds them.
     """
     classes = {type_.__name__: section for section, type_ in titanlite.config.schema.SECTIONS.items()}
-    bound = {section: {section} for section in SCHEMA}
+    bound = {section: {section} for section in SCHEMA} | {"source_configs": {SOURCE}, "sources": {SOURCE}}
 
     def last_name(node: ast.AST | None) -> str:
         if isinstance(node, ast.Constant):
             return str(node.value)
+        if isinstance(node, ast.Subscript):
+            return last_name(node.value)
+        if isinstance(node, ast.Call):  # source_configs(...), or a dict's .items()
+            return last_name(node.func if isinstance(node.func, ast.Name) else getattr(node.func, "value", None))
         return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
     def bind(target: ast.AST, value: ast.AST) -> None:
@@ -543,16 +575,20 @@ def section_reads(source: str) -> set[tuple[str, str]]:
             for pair in zip(target.elts, value.elts, strict=False):
                 bind(*pair)
         elif last_name(value) in bound:
-            bound.setdefault(last_name(target), set()).update(bound[last_name(value)])
+            for name in target.elts if isinstance(target, ast.Tuple) else [target]:
+                bound.setdefault(last_name(name), set()).update(bound[last_name(value)])
 
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.arg) and last_name(node.annotation) in classes:
-            bound.setdefault(node.arg, set()).add(classes[last_name(node.annotation)])
+        if isinstance(node, ast.arg) and node.annotation:
+            named = {last_name(part) for part in ast.walk(node.annotation)} & classes.keys()
+            bound.setdefault(node.arg, set()).update(classes[name] for name in named)
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 bind(target, node.value)
+        elif isinstance(node, ast.For | ast.comprehension):
+            bind(node.target, node.iter)
     return {
         (section, node.attr)
         for node in ast.walk(tree)
@@ -565,9 +601,26 @@ DEGREES = ["data_parallel_replicate_degree", "data_parallel_shard_degree", "tens
 
 
 def test_every_key_is_read_somewhere() -> None:
-    """A key that no room reads would change nothing, and say nothing. load_config and resolve_degrees read four."""
+    """A key that no room reads would change nothing, and say nothing. load_config and resolve_degrees read four.
+
+    Rooms get the keys of a corpus that is no mixture as those of its one source, from source_configs.
+    """
     package = ROOT / "titanlite"
     files = [path for path in package.rglob("*.py") if package / "config" not in path.parents]
-    reads = set().union(*(section_reads(path.read_text()) for path in files))
+    reads = set().union(*(section_reads(path.read_text()) for path in [*files, package / "config/sections.py"]))
     unread = {f"{section}.{key}" for section, key in KEYS if (section, key) not in reads}
     assert unread == {"job.config_file", *(f"parallelism.{degree}" for degree in DEGREES)}
+
+
+def test_reads_of_a_source_are_found() -> None:
+    for code in (
+        "def f(source: SourceConfig): return source.weight",
+        "def f(sources: dict[str, SourceConfig]): return [s.weight for s in sources.values()]",
+        "for name, s in source_configs(data).items(): print(s.weight)",
+        "found = source_configs(self.data)\nweights = {name: s.weight for name, s in found.items()}",
+        "one = source_configs(data)['web']\none.weight",
+        "config.data.sources['web'].weight",
+    ):
+        assert (SOURCE, "weight") in section_reads(code), code
+    for code in ("weight = 1\nprint(weight)", "def f(s: Source): return s.weight", "data.weight", "self.weight"):
+        assert (SOURCE, "weight") not in section_reads(code), code

@@ -5,8 +5,10 @@ ranks too. Exit code 1, and one line per problem, where the configuration is wro
 """
 
 import sys
+from dataclasses import asdict
 
 from titanlite.config import ConfigError, dump_toml, load_config
+from titanlite.config.schema import to_tables
 
 
 def main(argv: list[str]) -> int:
@@ -21,8 +23,8 @@ def main(argv: list[str]) -> int:
     if wanted is None:
         print(dump_toml(config), end="")
     else:
-        section, key = wanted.split(".")
-        print(getattr(getattr(config, section), key))
+        table, _, key = wanted.rpartition(".")
+        print(to_tables(asdict(config))[table][key])
     return 0
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from titanlite.config.degrees import check_degrees, divisors, listed
 from titanlite.config.dump import toml_value
-from titanlite.config.schema import SCHEMA
-from titanlite.config.sections import Config
+from titanlite.config.schema import SCHEMA, from_tables, schema_name, to_tables
+from titanlite.config.sections import Config, source_configs
 
 LIMIT = 2**31  # of counts: every one of them ends up as a 32-bit size or index somewhere
 RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
@@ -34,8 +34,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "from 0 to 2147483647",
         lambda v: 0 <= v < LIMIT,
-        "data.max_epochs data.max_bad_records data.num_workers data.prefetch lr_scheduler.warmup_steps"
-        " checkpoint.keep_latest_k",
+        "data.max_epochs data.sources.NAME.max_epochs data.max_bad_records data.num_workers data.prefetch"
+        " lr_scheduler.warmup_steps checkpoint.keep_latest_k",
     ),
     ("from 0 to 9223372036854775807", lambda v: 0 <= v < 2**63, "training.seed"),
     (
@@ -45,11 +45,12 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         " optimizer.lr optimizer.eps",
     ),
     ("at least 0", lambda v: v >= 0, "training.max_norm optimizer.weight_decay"),
+    ("from 0 to 1e18", lambda v: 0 <= v <= 1e18, "data.sources.NAME.weight"),
     ("at least 1", lambda v: v >= 1, "model.rope_scaling_factor"),
     ("from 0 to 1", lambda v: 0 <= v <= 1, "lr_scheduler.decay_ratio lr_scheduler.lr_min"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "data.held_out_fraction optimizer.beta1 optimizer.beta2"),
-    ("not empty", bool, "job.dump_folder tokenizer.path data.text_field compile.backend"),
-    ("without empty strings", all, "data.paths data.exclude"),
+    ("not empty", bool, "job.dump_folder tokenizer.path data.text_field data.sources.NAME.text_field compile.backend"),
+    ("without empty strings", all, "data.paths data.exclude data.sources.NAME.paths data.sources.NAME.exclude"),
 ]
 
 
@@ -60,18 +61,24 @@ def check(config: Config, world_size: int | None, doubtful: Set[str] = frozenset
     be wrong already; what depends on them is not reported.
     """
     out_of_range: dict[str, str] = {}
+    tables = to_tables(dataclasses.asdict(config))
     for wanted, fits, names in RANGES:
-        for name in names.split():
-            section, key = name.split(".")
-            value = getattr(getattr(config, section), key)
-            if not fits(value):
-                out_of_range[name] = f"{name} = {toml_value(value)}: must be {wanted}"
-                repaired = dataclasses.replace(getattr(config, section), **{key: SCHEMA[section][key].default})
-                config = dataclasses.replace(config, **{section: repaired})  # a stand-in: the rules below divide by it
+        for section, _, key in (name.rpartition(".") for name in names.split()):
+            for table in tables:
+                if schema_name(table) == section and not fits(value := tables[table][key]):
+                    out_of_range[f"{table}.{key}"] = f"{table}.{key} = {toml_value(value)}: must be {wanted}"
+                    tables[table][key] = SCHEMA[section][key].default  # a stand-in: the rules below divide by it
+    config = from_tables(tables)
     doubtful = doubtful | out_of_range.keys()
-    rules = (_model, _training, _schedule, _data, _checkpoint)
+    rules = (_model, _training, _schedule, _data, _sources, _checkpoint)
     together = [problem for rule in rules for problem in rule(config)] + list(check_degrees(config, world_size))
-    return [*out_of_range.values(), *(p for p in together if not doubtful.intersection(re.findall(r"[a-z_]+\.\w+", p)))]
+    return [*out_of_range.values(), *(p for p in together if not _speaks_of(p, doubtful))]
+
+
+def _speaks_of(problem: str, doubtful: Set[str]) -> bool:
+    """Whether a message names one of these keys, or a key of one of these tables."""
+    names = re.findall(r"[a-z_]+(?:\.[\w-]+)+", problem)
+    return any(f"{name}.".startswith(f"{other}.") for name in names for other in doubtful)
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -150,11 +157,49 @@ def _schedule(config: Config) -> Iterator[str]:
 
 
 def _data(config: Config) -> Iterator[str]:
-    if config.data.format == "jsonl" and not config.data.paths:
-        yield (
-            'data.format = "jsonl" and data.paths = []: the built-in corpus is text, so name jsonl files in data.paths'
-            ' or leave data.format = "auto"'
+    d = config.data
+    default = SCHEMA["data"]
+    if not d.shuffle and d.shuffle_block != default["shuffle_block"].default:
+        yield _no_effect("data.shuffle_block", d.shuffle_block, "data.shuffle = false", "shuffle = true")
+    if d.on_bad_record == "stop" and d.max_bad_records != default["max_bad_records"].default:
+        yield _no_effect(
+            "data.max_bad_records", d.max_bad_records, 'data.on_bad_record = "stop"', 'on_bad_record = "skip"'
         )
+    if d.sources:
+        for key in ("paths", "exclude", "format", "text_field", "max_epochs"):
+            if (value := getattr(d, key)) != default[key].default:
+                first = next(iter(d.sources))
+                yield (
+                    f"data.{key} = {toml_value(value)} has no effect where there are data.sources: remove it, or move"
+                    f" it into the tables of the sources it is meant for, as in data.sources.{first}.{key}"
+                )
+    elif not d.paths:
+        for key in ("exclude", "format", "text_field"):
+            if (value := getattr(d, key)) != default[key].default and (key, value) != ("format", "text"):
+                yield (
+                    f"data.{key} = {toml_value(value)} and data.paths = []: the built-in corpus is a fixed set of text"
+                    f" files, so name files in data.paths or remove data.{key}"
+                )
+
+
+def _sources(config: Config) -> Iterator[str]:
+    sources = config.data.sources
+    for name, source in source_configs(config.data).items():
+        table = f"data.sources.{name}" if sources else "data"
+        if source.format == "text" and source.text_field != "text":
+            yield _no_effect(
+                f"{table}.text_field",
+                source.text_field,
+                f'{table}.format = "text"',
+                'format = "auto", "jsonl" or "parquet"',
+            )
+        if sources and not source.paths:
+            others = [other for other in sources if sources[other].paths]
+            known = f" (sources with paths: {', '.join(others)})" if others else ""
+            yield f"data.sources.{name}.paths = []: name the files of this source, or remove it{known}"
+    if sources and not any(source.weight for source in sources.values()):
+        weights = " and ".join(f"data.sources.{name}.weight = {source.weight}" for name, source in sources.items())
+        yield f"{weights}: no source is left to train on, so give one of them a weight above 0"
 
 
 def _checkpoint(config: Config) -> Iterator[str]:

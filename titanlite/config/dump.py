@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from titanlite.config.schema import COMMAND_LINE_ONLY, to_tables
 from titanlite.config.sections import Config
 
 
@@ -13,17 +14,13 @@ def toml_value(value: object) -> str:
 
 
 def dump_toml(config: Config) -> str:
-    """Every key, defaults too. Loads back equal but for job.config_file, which a file cannot set: it is a comment."""
+    """Every key, defaults too. Loads back equal but for the keys that a file cannot set: they are comments."""
     lines = ["# Every key of a titanlite run, defaults included. Start from it again with --job.config_file."]
-    for section, table in asdict(config).items():
-        sources = table.pop("sources", {})
-        lines += ["", f"[{section}]"]
-        for key, value in table.items():
+    for table, values in to_tables(asdict(config)).items():
+        lines += ["", f"[{table}]"]
+        for key, value in values.items():
             line = f"{key} = {toml_value(value)}"
-            lines.append(f"# {line}" if (section, key) == ("job", "config_file") else line)
-        for name, source in sources.items():
-            lines += ["", f"[{section}.sources.{name}]"]
-            lines += [f"{key} = {toml_value(value)}" for key, value in source.items()]
+            lines.append(f"# {line}" if f"{table}.{key}" in COMMAND_LINE_ONLY else line)
     return "\n".join(lines) + "\n"
 
 
@@ -40,10 +37,5 @@ def diff(old: dict[str, Any], new: Config) -> list[str]:
 
 def _flat(config: dict[str, Any]) -> dict[str, str]:
     """Values as TOML by `section.key`: a list and a tuple of the same strings are the same."""
-    flat: dict[str, str] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{key}": shown for key, shown in _flat(value).items()})
-        else:
-            flat[name] = toml_value(value)
-    return flat
+    tables = to_tables(config).items()
+    return {f"{table}.{key}": toml_value(value) for table, values in tables for key, value in values.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from titanlite.config import sections
 from titanlite.config.dump import toml_value
-from titanlite.config.schema import SCHEMA, SECTIONS, type_name
+from titanlite.config.schema import SCHEMA, SECTIONS, SOURCE, type_name
 
 USAGE = """\
 usage: torchrun --nproc_per_node=N -m titanlite.train --job.config_file FILE [--section.key VALUE ...]
@@ -26,6 +26,8 @@ def help_text() -> str:
     parts = [USAGE]
     for section, fields in SCHEMA.items():
         parts.append(f"[{section}]")
+        if section == SOURCE:
+            parts.append(textwrap.indent(textwrap.fill(meaning["data", "sources"], width - 2), " " * 2))
         for key, field in fields.items():
             parts.append(f"  --{section}.{key} {type_name(field)}   (default {toml_value(field.default)})")
             parts.append(textwrap.indent(textwrap.fill(meaning[section, key], width - 6), " " * 6))

@@ -10,9 +10,22 @@ from typing import Any
 
 from titanlite.config.checks import check
 from titanlite.config.help import help_text
-from titanlite.config.schema import SCHEMA, SECTIONS, SOURCE, ConfigError, Field, from_text, from_toml, type_name
+from titanlite.config.schema import (
+    COMMAND_LINE_ONLY,
+    SCHEMA,
+    SOURCE,
+    SOURCE_NAME,
+    SOURCES,
+    ConfigError,
+    Field,
+    from_tables,
+    from_text,
+    from_toml,
+    schema_name,
+    type_name,
+)
 from titanlite.config.sections import Config
-from titanlite.config.toml_file import read_toml
+from titanlite.config.toml_file import KeyPath, line_of, read_toml
 
 
 def load_config(argv: list[str]) -> Config:
@@ -30,8 +43,9 @@ def load_config(argv: list[str]) -> Config:
     if path:
         binder.bind_file(path)
     for name, text in arguments:
-        binder.bind("command line: ", "--", name, text, from_text)
-    config = Config(**{name: section(**binder.values[name]) for name, section in SECTIONS.items() if name != SOURCE})
+        table, _, key = name.rpartition(".")
+        binder.bind("command line: ", "--", table, key, text, from_text)
+    config = from_tables(binder.tables)
     world_size = os.environ.get("WORLD_SIZE")
     if world_size is not None and not world_size.isdecimal():
         binder.problems.append(f"WORLD_SIZE = {world_size!r} in the environment: must be the number of ranks")
@@ -51,12 +65,13 @@ def _print_help() -> None:
 
 
 class _Binder:
-    """Values by section and key, and what was wrong on the way to them."""
+    """Values by table and key, and what was wrong on the way to them."""
 
     def __init__(self) -> None:
-        self.values: dict[str, dict[str, Any]] = {section: {} for section in SCHEMA}
+        self.tables: dict[str, dict[str, Any]] = {}
         self.problems: list[str] = []
-        self.doubtful: set[str] = set()  # keys whose value is not what the user meant: no check may speak of them
+        # Keys, tables and sections whose values are not what the user meant: no check may speak of them.
+        self.doubtful: set[str] = set()
         self.file_was_read = True
 
     def split(self, argv: list[str]) -> list[tuple[str, str | None]]:
@@ -76,50 +91,75 @@ class _Binder:
 
     def bind_file(self, path: str) -> None:
         try:
-            tables, lines = read_toml(path)
+            content, lines = read_toml(path)
         except ConfigError as error:
             self.problems += error.problems
             self.file_was_read = False
             return
-        for section, table in tables.items():
-            where = f"{path}:{lines[(section,)]}: "
-            if section in SCHEMA and not isinstance(table, dict):
+        for section, table in content.items():
+            where = f"{path}:{line_of(lines, (section,))}: "
+            is_section = section in SCHEMA and section != SOURCE
+            if is_section and not isinstance(table, dict):
                 self.problems.append(f"{where}{section} is a section: write [{section}] above its keys")
             elif not isinstance(table, dict):
-                self.problems.append(f"{where}{section} must stand in a section{_did_you_mean(_nearest_key(section))}")
-            elif section not in SCHEMA:
+                nearest = _nearest_key("", section)
+                self.problems.append(f"{where}{section} must stand in a section{_did_you_mean(nearest)}")
+            elif not is_section:
                 nearest = difflib.get_close_matches(section, SCHEMA, n=1)
                 self.problems.append(f"{where}unknown section [{section}]{_did_you_mean(nearest, '[', ']')}")
-                self.doubtful.update(f"{name}.{key}" for name in nearest for key in SCHEMA[name])
+                self.doubtful.update(nearest)
             else:
-                for key, value in table.items():
-                    self.bind(f"{path}:{lines[section, key]}: ", "", f"{section}.{key}", value, from_toml)
+                self._bind_table(path, lines, (section,), table)
 
-    def bind(self, where: str, dashes: str, name: str, value: Any, convert: Callable[[Field, Any], Any]) -> None:
+    def _bind_table(self, path: str, lines: dict[KeyPath, int], at: KeyPath, table: dict[str, Any]) -> None:
+        """The keys of a section or of a source, or the sources of a section."""
+        name = ".".join(at)
+        if name != "data.sources":
+            self.tables.setdefault(name, {})
+        for key, value in table.items():
+            has_tables = (name == "data" and key == "sources") or (
+                name == "data.sources" and SOURCE_NAME.fullmatch(key)
+            )
+            if has_tables and isinstance(value, dict):
+                self._bind_table(path, lines, (*at, key), value)
+            else:
+                self.bind(f"{path}:{line_of(lines, (*at, key))}: ", "", name, key, value, from_toml)
+
+    def bind(
+        self, where: str, dashes: str, table: str, key: str, value: Any, convert: Callable[[Field, Any], Any]
+    ) -> None:
         """Take the value, or note why not. A value of None is one that the command line lacks."""
-        section, _, key = name.partition(".")
-        field = SCHEMA.get(section, {}).get(key)
+        name = f"{table}.{key}" if table else key
+        field = SCHEMA.get(schema_name(table), {}).get(key)
         if field is None:
-            nearest = _nearest_key(name)
-            self.problems.append(f"{where}unknown key {dashes}{name}{_did_you_mean(nearest, dashes)}")
+            nearest = _nearest_key(table, key)
+            hint = _did_you_mean(nearest, dashes)
+            if f"{name}.".startswith(SOURCES) and schema_name(table) != SOURCE:
+                nearest = ["data.sources"]
+                hint = (
+                    f": write {dashes}data.sources.NAME.key" if dashes else ": write [data.sources.NAME] above its keys"
+                )
+                hint += ", NAME of A-Z, a-z, 0-9, _ and -"
+            self.problems.append(f"{where}unknown key {dashes}{name}{hint}")
             self.doubtful.update(nearest)
             return
         try:
             if value is None:
                 raise ValueError(f"needs a value: {dashes}{name} {type_name(field)}")
-            if name == "job.config_file" and not dashes:
-                raise ValueError("has no effect in a file: remove it")
-            self.values[section][key] = convert(field, value)
+            if name in COMMAND_LINE_ONLY and not dashes:
+                raise ValueError(COMMAND_LINE_ONLY[name])
+            self.tables.setdefault(table, {})[key] = convert(field, value)
         except ValueError as error:
             self.problems.append(f"{where}{dashes}{name} {error}")
             self.doubtful.add(name)
 
 
-def _nearest_key(name: str) -> list[str]:
-    """The key most like `name`, as a list of one, or of none: in its section, else by its last part, else anywhere."""
-    section, _, key = name.rpartition(".")
-    if found := difflib.get_close_matches(key, SCHEMA.get(section, {}), n=1, cutoff=0.5):
-        return [f"{section}.{found[0]}"]
+def _nearest_key(table: str, key: str) -> list[str]:
+    """The key most like this one, as a list of one, or of none: in its table, else by its last part, else anywhere."""
+    keys = [*SCHEMA.get(schema_name(table), {}), *(["sources"] if table == "data" else [])]
+    if found := difflib.get_close_matches(key, keys, n=1, cutoff=0.5):
+        return [f"{table}.{found[0]}"]
+    name = f"{table}.{key}" if table else key
     everything = [f"{section}.{key}" for section, keys in SCHEMA.items() for key in keys]
     same_key = [full for full in everything if full.endswith(f".{key}")]
     found = difflib.get_close_matches(name, same_key, n=1, cutoff=0.0)

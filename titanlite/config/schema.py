@@ -1,6 +1,6 @@
-"""What a key may hold: the fields of every section, and how a TOML value or a command-line text becomes a value.
+"""What a key may hold: the keys of every table, and how a TOML value or a command-line text becomes a value.
 
-Owns types and nothing else: whether values fit together is checks.py's business.
+Owns names and types and nothing else: whether values fit together is checks.py's business.
 """
 
 import dataclasses
@@ -13,7 +13,9 @@ from titanlite.config.sections import Config, DataConfig, SourceConfig
 
 Field = dataclasses.Field[Any]
 
-SOURCE = "data.sources.NAME"  # stands for the table of every source
+SOURCES = "data.sources."
+SOURCE = SOURCES + "NAME"  # stands for the table of each source
+SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]+")  # what TOML takes without quotes
 
 SECTIONS: dict[str, Any] = {
     name: kind
@@ -24,6 +26,11 @@ SECTIONS: dict[str, Any] = {
 SCHEMA: dict[str, dict[str, Field]] = {
     name: {field.name: field for field in dataclasses.fields(section) if field.name != "sources"}
     for name, section in SECTIONS.items()
+}
+COMMAND_LINE_ONLY = {  # key -> what is said of it in a file
+    "job.config_file": "has no effect in a file: remove it",
+    "checkpoint.load_step": "in a file would turn every later start back: remove it, and give"
+    " --checkpoint.load_step to the one start that it is meant for",
 }
 
 NAMES: dict[object, tuple[str, str]] = {  # what --help and what an error message calls a type
@@ -39,8 +46,31 @@ class ConfigError(ValueError):
     """All that is wrong with a configuration, found in one pass: `problems`, and one line for each in the message."""
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = [" ".join(problem.splitlines()) for problem in problems]  # a quoted key may hold line ends
+        super().__init__("\n".join(self.problems))
+
+
+def schema_name(table: str) -> str:
+    """What SCHEMA calls a table: the same, but data.sources.NAME for that of every source."""
+    is_source = table.startswith(SOURCES) and SOURCE_NAME.fullmatch(table, len(SOURCES))
+    return SOURCE if is_source else table
+
+
+def to_tables(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """An asdict of a Config, perhaps read back from JSON, as tables that hold no tables: values by table and key."""
+    tables: dict[str, dict[str, Any]] = {}
+    for section, values in config.items():
+        tables[section] = {key: value for key, value in values.items() if key != "sources"}
+        tables.update({SOURCES + name: source for name, source in values.get("sources", {}).items()})
+    return tables
+
+
+def from_tables(tables: dict[str, dict[str, Any]]) -> Config:
+    """The Config of these values, and of the defaults of all others."""
+    sources = {name.removeprefix(SOURCES): SourceConfig(**table) for name, table in tables.items() if "." in name}
+    sections = {name: SECTIONS[name](**table) for name, table in tables.items() if "." not in name}
+    config = Config(**sections)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
 
 def type_name(field: Field) -> str:

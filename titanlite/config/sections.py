@@ -120,13 +120,18 @@ class DataConfig:
     cache_dir: str = ""
     """Folder for indices and token caches. Empty: $XDG_CACHE_HOME/titanlite, else ~/.cache/titanlite."""
     sources: Mapping[str, SourceConfig] = field(default_factory=dict)
-    """A mixture: a table [data.sources.NAME] per source. The keys that a source has stand there then, and not above."""
+    """A mixture: a table [data.sources.NAME] per source, NAME of A-Z, a-z, 0-9, _ and -. Then data.paths, exclude,
+    format, text_field and max_epochs stay unset."""
 
 
 def source_configs(data: DataConfig) -> dict[str, SourceConfig]:
-    """The sources by name; a corpus that is no mixture is one source, "data"."""
-    single = SourceConfig(data.paths, 1.0, data.exclude, data.format, data.text_field, data.max_epochs)
-    return dict(data.sources) or {"data": single}
+    """The sources by name, in the order of their names: where a table stands in a file must not change a run.
+
+    A corpus that is no mixture is one source, "data".
+    """
+    if data.sources:
+        return dict(sorted(data.sources.items()))
+    return {"data": SourceConfig(data.paths, 1.0, data.exclude, data.format, data.text_field, data.max_epochs)}
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,10 @@ def read_toml(path: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
 
     Raises ConfigError, one line with file and line, where the file cannot be read or is not TOML.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
-        return tomllib.loads(text), key_lines(text)
+        return _parse(text), key_lines(text)
     except FileNotFoundError:
         raise ConfigError([f"job.config_file = {path!r}: there is no such file"]) from None
     except OSError as error:
@@ -44,6 +40,11 @@ def read_toml(path: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         raise ConfigError([f"{path}{line}: not valid TOML: {reason}"]) from None
 
 
+def line_of(lines: dict[KeyPath, int], path: KeyPath) -> int:
+    """The line of a key, or of the innermost table around it that has a line of its own."""
+    return next(lines[path[:length]] for length in range(len(path), 0, -1) if path[:length] in lines)
+
+
 def key_lines(text: str) -> dict[KeyPath, int]:
     """Line (from 1) of each header and key of a valid TOML text. Keys of an inline table stand on that table's line."""
     lines: dict[KeyPath, int] = {}
@@ -55,7 +56,7 @@ def key_lines(text: str) -> dict[KeyPath, int]:
         if token == "\n" and statement and depth == 0:
             is_header = statement[0] == "["
             end = len(statement) if is_header else statement.index("=")
-            path = tuple(part.strip("\"'") for part in statement[:end] if part not in "[].")
+            path = tuple(_name(part) for part in statement[:end] if part not in "[].")
             table, path = (path, path) if is_header else (table, table + path)
             for length in range(1, len(path) + 1):  # a.b = 1 makes the table a too
                 lines.setdefault(path[:length], first_line)
@@ -66,3 +67,16 @@ def key_lines(text: str) -> dict[KeyPath, int]:
             depth += (token in "[{") - (token in "]}")
         line += token.count("\n")
     return lines
+
+
+def _name(part: str) -> str:
+    """The name that a part of a key stands for: a quoted one may hold escapes."""
+    return next(iter(_parse(f"{part} = 0"))) if part[0] in "\"'" else part
+
+
+def _parse(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
