@@ -1,7 +1,7 @@
 """Where the records of a jsonl file begin: an index of byte offsets, built once and shared by all ranks and jobs.
 
-Owns the index file: its format, its name (content, never time stamps: a copied corpus stays valid), its safe creation
-by several processes at once, and the sampled content hash that also names text files. Refuses to interpret records.
+Owns the index file: its format, its name (content, never time stamps: a copied corpus stays valid) and its safe
+creation by several processes at once. Refuses to interpret records.
 """
 
 import contextlib
@@ -20,27 +20,14 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
+from titanlite.data.files import shown
 from titanlite.log import logger
 
 _FORMAT = 1  # part of the key: a new format never reads an old file
 _MAGIC = b"titanlite-index\n"
 _HEADER = struct.Struct("<16s16sQQI12x")  # magic, key, bytes of the jsonl file, records, crc32; 64 bytes
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _SCAN_BYTES = 1 << 20  # the block stays in the processor's cache; larger blocks scanned slower
 _LOG_SECONDS = 10.0
-
-
-def content_digest(path: str, size: int) -> str:
-    """Hash (32 hex digits) of a file's size and content: all of it up to 64 KiB, else 16 even samples of 4 KiB."""
-    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
-    with open(path, "rb", buffering=0) as file:
-        if size <= _SAMPLES * _SAMPLE_BYTES:
-            digest.update(file.read())
-        else:
-            for k in range(_SAMPLES):
-                file.seek(k * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def load_index(path: str, size: int, content: str, cache_dir: str) -> np.ndarray:
@@ -68,7 +55,7 @@ def load_index(path: str, size: int, content: str, cache_dir: str) -> np.ndarray
                 bounds = _open(index_path, key, size)
     except OSError as error:
         raise ValueError(
-            f"data.cache_dir = {cache_dir!r}: cannot write the index of {path} to {folder} ({error.strerror}); "
+            f"data.cache_dir = {cache_dir!r}: cannot write the index of {shown(path)} to {folder} ({error.strerror}); "
             "name a folder that can be written and has room"
         ) from error
     assert bounds is not None, f"{index_path} is not what was just written"
@@ -146,7 +133,7 @@ def _build(path: str, size: int, key: bytes, index_path: str, clean_up: bool) ->
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    logger.info(f"indexed {path}: {num_records:,} records, {size:,} bytes in {time.monotonic() - start:.1f} s")
+    logger.info(f"indexed {shown(path)}: {num_records:,} records, {size:,} bytes in {time.monotonic() - start:.1f} s")
 
 
 def _scan(path: str, size: int) -> Iterator[np.ndarray]:
@@ -155,7 +142,7 @@ def _scan(path: str, size: int) -> Iterator[np.ndarray]:
     position, end, next_log = 0, 0, time.monotonic() + _LOG_SECONDS
     bar = tqdm(
         total=size,
-        desc=f"indexing {os.path.basename(path)}",
+        desc=f"indexing {shown(os.path.basename(path))}",
         unit="B",
         unit_scale=True,
         delay=1,
@@ -171,10 +158,10 @@ def _scan(path: str, size: int) -> Iterator[np.ndarray]:
             yield ends
             bar.update(count)
             if bar.disable and time.monotonic() >= next_log:
-                logger.info(f"indexing {path}: {position / size:.0%} of {size:,} bytes")
+                logger.info(f"indexing {shown(path)}: {position / size:.0%} of {size:,} bytes")
                 next_log = time.monotonic() + _LOG_SECONDS
     if position != size:
-        raise ValueError(f"{path} changed from {size:,} to {position:,} bytes while it was indexed; start again")
+        raise ValueError(f"{shown(path)} changed from {size:,} to {position:,} bytes while it was indexed; start again")
     if end != size:  # the last record has no newline
         yield np.array([size], "<i8")
 
@@ -186,4 +173,4 @@ def _read_blocks(path: str, buffer: np.ndarray) -> Iterator[int]:
             while count := file.readinto(buffer.data):
                 yield count
     except OSError as error:
-        raise ValueError(f"data.paths: cannot read {path} ({error.strerror})") from error
+        raise ValueError(f"cannot read {shown(path)} ({error.strerror})") from error

@@ -1,144 +1,257 @@
-"""Documents: the text, the size and the place of each document of a corpus, by number.
+"""Documents: the text, the size and the place of each document of a source, by number or in order.
 
-Owns reading and decoding, what counts as a broken record, and the manifest that says what the corpus is. Refuses to
-tokenise, to choose an order, and to repair, replace or leave out anything: what is no text is an error with its place.
+Owns the numbers of documents, what a broken record and a broken file are called, and the manifest that says what the
+source is. Refuses to tokenise, to choose an order, and to repair, replace or leave out anything: what is no text is an
+error with its place.
 """
 
 import bisect
 import functools
 import hashlib
-import io
 import json
-import os
-import tokenize
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from titanlite.config.sections import DataConfig
-from titanlite.data.files import SourceFile, find_files
-from titanlite.data.index import load_index
+from titanlite.config.sections import DataConfig, SourceConfig, source_configs
+from titanlite.data.files import SourceFile, find_files, in_threads, shown
+from titanlite.data.formats import RECORD_ERRORS, Jsonl, decode, json_fields, read_text, reason, stream_lines
+from titanlite.data.parquet import Parquet, RowGroups
 from titanlite.log import logger
 
-_OPEN_FILES = 128  # jsonl files kept open, each with its index; a process may often have 1024 descriptors
+_OPEN_FILES = 128  # files kept open, each with its index; a process may often have 1024 descriptors
 _MANIFEST_FILES = 10_000  # a manifest names single files up to this number: it is stored in every checkpoint
-
-_JSON_NAMES = {
-    dict: "an object",
-    list: "an array",
-    str: "a text",
-    int: "a number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
 
 
 class RecordError(ValueError):
     """A document whose bytes hold no text. A pure function of the data: any reader of these bytes gets it."""
 
+    def __init__(self, place: str, reason: str = "") -> None:
+        super().__init__(*filter(None, (place, reason)))
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
 
 class SourceError(OSError):
-    """A file that is not what it was at the start. Never skipped: another rank may still have read the old one."""
+    """A file that cannot be read, is damaged, or is not what it was at the start. Never skipped: how much would be
+    missing is not known, and another rank may still have read it."""
+
+
+class Numbering:
+    """Documents numbered from 0 in file order, from the number of documents of each file (int64 [files])."""
+
+    def __init__(self, counts: np.ndarray) -> None:
+        self._first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # of each file, then their number
+        self._first_list: list[int] = self._first.tolist()  # bisect on a list is ten times faster than searchsorted
+        self.num_documents = self._first_list[-1]
+
+    def first(self, file: int) -> int:
+        """The first document of a file; of the file behind the last one: the number of documents."""
+        return self._first_list[file]
+
+    def place(self, document: int) -> tuple[int, int]:
+        """The file that holds a document, and the document's number in it."""
+        file = bisect.bisect_right(self._first_list, document) - 1
+        return file, document - self._first_list[file]
+
+    def places(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`place` of many, int64 [n] each."""
+        files = np.searchsorted(self._first, documents, side="right") - 1
+        return files, documents - self._first[files]
 
 
 class Source:
-    """The documents of a list of files, numbered from 0 in file order. Threads may share it."""
+    """The documents of a list of files. Threads may share it.
 
-    def __init__(self, files: list[SourceFile], text_field: str, cache_dir: str) -> None:
+    Raises ValueError where a parquet file lacks the column, and SourceError for a file that is damaged.
+    """
+
+    def __init__(self, name: str, files: list[SourceFile], text_field: str, cache_dir: str, key: str = "data") -> None:
+        self.name = name
         self.files = files
-        self._text_field = text_field
-        self._cache_dir = cache_dir
-        self._jsonl = functools.lru_cache(maxsize=_OPEN_FILES)(self._open_jsonl)
-        counts = [len(self._jsonl(f).bounds) - 1 if file.kind == "jsonl" else 1 for f, file in enumerate(files)]
-        self._first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # of each file, then their number
-        self._first_list: list[int] = self._first.tolist()  # bisect on a list is ten times faster than searchsorted
+        self.text_field = text_field
+        self.num_bytes = sum(file.size for file in files)
+        self._cache_dir, self._key = cache_dir, key
+        self._row_groups = RowGroups()
+        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._open_file)
+        # Parquet files all open here, so that each one's column is checked; compressed files have no random access.
+        parquet = [f for f, file in enumerate(files) if file.kind == "parquet"]
+        facts = dict(zip(parquet, in_threads(self._parquet_facts, parquet), strict=True))
+        self.in_order_only = [file.path for file in files if file.kind in ("jsonl.gz", "jsonl.zst")]
+        self.in_order_only += [files[f].path for f, (_, random_access) in facts.items() if not random_access]
+        """Paths of the files that can only be read from their beginning on."""
+        self.random_access = not self.in_order_only
+        self.numbering: Numbering | None = None
+        """None without random access: how many documents there are is not known then."""
+        if self.random_access:
+            counts = [
+                facts[f][0] if f in facts else self._open(f).num_records if file.kind == "jsonl" else 1
+                for f, file in enumerate(files)
+            ]
+            self.numbering = Numbering(np.array(counts, np.int64))
         self._file_size = np.array([file.size for file in files], np.int64)
-        self._is_jsonl = np.array([file.kind == "jsonl" for file in files], bool)
-        self.num_documents = self._first_list[-1]
-        self.num_bytes = int(self._file_size.sum())
-
-    def size(self, documents: np.ndarray) -> np.ndarray:
-        """Bytes of each document on disk, int64, without reading it; a jsonl record is as long as its line."""
-        files = np.searchsorted(self._first, documents, side="right") - 1
-        sizes = self._file_size[files]
-        for f in np.unique(files[self._is_jsonl[files]]):
-            here = files == f
-            records = documents[here] - self._first[f]
-            bounds = self._jsonl(int(f)).bounds
-            sizes[here] = bounds[records + 1] - bounds[records]
-        return sizes
-
-    def locate(self, document: int) -> str:
-        """The document's place for people: its file, for jsonl with the line number (from 1)."""
-        f = bisect.bisect_right(self._first_list, document) - 1
-        file = self.files[f]
-        return f"{file.path}:{document - self._first_list[f] + 1}" if file.kind == "jsonl" else file.path
+        self._has_records = np.array([file.kind in ("jsonl", "parquet") for file in files], bool)
 
     def read(self, document: int) -> str:
-        """The document's text. Raises RecordError for bytes that hold none, SourceError when the file has changed."""
-        f = bisect.bisect_right(self._first_list, document) - 1
+        """The document's text, by random access. Raises RecordError for bytes that hold none, else SourceError."""
+        assert self.numbering is not None
+        f, record = self.numbering.place(document)
         file = self.files[f]
-        record = document - self._first_list[f]
         try:
-            raw = self._jsonl(f).read(record) if file.kind == "jsonl" else _read_all(file)
+            raw = self._open(f).read(record) if self._has_records[f] else read_text(file)
         except (OSError, ValueError) as error:
-            raise SourceError(f"{self.locate(document)}: could be read at the start of the run: {error}") from error
-        if raw is None:
-            raise SourceError(f"{self.locate(document)}: the file has changed since the start of the run")
+            raise SourceError(f"{self.locate(f, record)}: {_unreadable(error)}") from error
+        text = self._decode(raw, f, record)
+        if isinstance(text, RecordError):
+            raise text
+        return text
+
+    def records(self, file: int) -> Iterator[str | RecordError]:
+        """Every record of a file (its index) in order, of any kind, in the memory of one record and one row group.
+
+        Raises SourceError where the file is not what it was or its data are cut off or corrupt, once it is there.
+        """
+        record = 0
         try:
-            if file.kind == "jsonl":
-                return _parse_record(raw, self._text_field, first=record == 0)
-            return _decode_python(raw) if file.kind == "python" else raw.decode("utf-8-sig")
-        except (ValueError, RecursionError, SyntaxError, LookupError) as error:
-            raise RecordError(f"{self.locate(document)}: {_reason(error)}") from error
+            stream = self._stream(file)
+            while True:
+                try:
+                    raw = next(stream)
+                except StopIteration:
+                    return
+                text = self._decode(raw, file, record)
+                del raw  # it may be large
+                record += 1
+                yield text
+                del text
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self.locate(file, record)}: {_unreadable(error)}") from error
+
+    def sizes(self, documents: np.ndarray) -> np.ndarray:
+        """About how many bytes each document has, int64 [n], without reading it: a text's file, a jsonl record's line,
+        the mean of a parquet row group. Needs random access."""
+        assert self.numbering is not None
+        files, records = self.numbering.places(documents)
+        sizes = self._file_size[files]
+        for f in np.unique(files[self._has_records[files]]).tolist():
+            here = files == f
+            sizes[here] = self._open(f).sizes(records[here])
+        return sizes
+
+    size = sizes
+
+    @property
+    def num_documents(self) -> int:
+        assert self.numbering is not None
+        return self.numbering.num_documents
+
+    def locate(self, file: int, record: int | None = None) -> str:
+        """A document's place for people: its file, for jsonl with the line (from 1), for parquet the row (from 0)."""
+        if record is None:
+            assert self.numbering is not None
+            file, record = self.numbering.place(file)
+        path, kind = shown(self.files[file].path), self.files[file].kind
+        return f"{path}: row {record}" if kind == "parquet" else f"{path}:{record + 1}" if "jsonl" in kind else path
+
+    def key_parts(self) -> list[list[Any]]:
+        """What decides the documents, JSON-able, per file: kind, name, bytes, digest, and text_field if it matters."""
+        return [
+            [file.kind, file.name, file.size, file.digest, "" if file.kind in ("text", "python") else self.text_field]
+            for file in self.files
+        ]
 
     def manifest(self) -> dict[str, Any]:
-        """What the corpus is, JSON-able: counts, `files` as [name, bytes, digest] in order, and a digest over all that.
-
-        `files` is null for more than 10,000 files.
+        """What the source is, JSON-able: name, counts, `files` as [name, bytes, digest] in order, and a digest of
+        key_parts. `files` is null for more than 10,000 files, `num_documents` without random access.
         """
-        entries = [[file.name, file.size, file.digest] for file in self.files]
-        decides = [[file.kind for file in self.files], self._text_field if self._is_jsonl.any() else "", entries]
         return {
-            "digest": hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).hexdigest(),
+            "name": self.name,
+            "digest": hashlib.blake2b(json.dumps(self.key_parts()).encode(), digest_size=16).hexdigest(),
             "num_files": len(self.files),
-            "num_documents": self.num_documents,
+            "num_documents": self.numbering.num_documents if self.numbering else None,
             "num_bytes": self.num_bytes,
-            "files": entries if len(entries) <= _MANIFEST_FILES else None,
+            "files": [[f.name, f.size, f.digest] for f in self.files] if len(self.files) <= _MANIFEST_FILES else None,
         }
 
-    def check_text_field(self) -> None:
-        """Raise ValueError when the first record of a file is an object without the field: a mistake in the config."""
+    def check_first_records(self) -> bool:
+        """Whether there is a record at all. Raises ValueError when the first record of a jsonl file is an object
+        without the text field: a mistake in the config."""
+        found = False
         for f, file in enumerate(self.files):
-            if file.kind == "jsonl" and self._first_list[f] < self._first_list[f + 1]:
+            if "jsonl" in file.kind:
                 try:
-                    record = json.loads((self._jsonl(f).read(0) or b"").decode("utf-8-sig"))
-                except (ValueError, RecursionError):
-                    continue  # a broken record, which data.on_bad_record is about
-                if isinstance(record, dict) and self._text_field not in record:
+                    raw = next(stream_lines(file), None)
+                except OSError as error:
+                    raise SourceError(f"{self.locate(f, 0)}: {_unreadable(error)}") from error
+                except ValueError as error:
+                    raise ValueError(f"{self._key}.{error}") from error
+                fields = None if raw is None else json_fields(raw)
+                if fields is not None and self.text_field not in fields:
                     raise ValueError(
-                        f"data.text_field = {self._text_field!r}: no such field in {file.path}:1, "
-                        f"which has {', '.join(map(repr, record)) or 'none'}"
+                        f"{self._key}.text_field = {self.text_field!r}: no such field in {self.locate(f, 0)}, "
+                        f"which has {', '.join(map(repr, fields)) or 'none'}"
                     )
+                found |= raw is not None
+            elif not found:
+                found = file.kind != "parquet" or self._open(f).num_records > 0
+        return found
 
-    def _open_jsonl(self, f: int) -> "_Jsonl":
+    def _decode(self, raw: bytes | None, f: int, record: int) -> str | RecordError:
+        try:
+            return decode(raw, self.files[f].kind, self.text_field, first=record == 0)
+        except RECORD_ERRORS as error:
+            bad = RecordError(self.locate(f, record), reason(error))
+            bad.__cause__ = error
+            return bad
+
+    def _stream(self, f: int) -> Iterator[bytes | None]:
         file = self.files[f]
-        return _Jsonl(file.path, load_index(file.path, file.size, file.digest, self._cache_dir))
+        if file.kind == "parquet":
+            return Parquet(file, self.text_field, self._row_groups).stream()
+        if "jsonl" in file.kind:
+            return stream_lines(file)
+        return iter([read_text(file)])
+
+    def _open_file(self, f: int) -> Jsonl | Parquet:
+        file = self.files[f]
+        return (
+            Parquet(file, self.text_field, self._row_groups) if file.kind == "parquet" else Jsonl(file, self._cache_dir)
+        )
+
+    def _parquet_facts(self, f: int) -> tuple[int, bool]:
+        try:
+            opened = self._open(f)
+        except OSError as error:
+            raise SourceError(f"{shown(self.files[f].path)}: {_unreadable(error)}") from error
+        except ValueError as error:
+            raise ValueError(f"{self._key}.{error}") from error
+        assert isinstance(opened, Parquet)
+        return opened.num_records, opened.random_access
 
 
-def open_source(data: DataConfig) -> Source:
-    """The corpus that `data` names. Raises ValueError, in one line with the fix, for anything that cannot be read."""
-    source = Source(find_files(data), data.text_field, data.cache_dir)
-    if not source.num_documents:
-        raise ValueError(f"data.paths = {list(data.paths)}: the corpus is empty, its files hold no record")
-    source.check_text_field()
+def open_source(name: str | DataConfig, source: SourceConfig | None = None, cache_dir: str = "") -> Source:
+    """The documents that a section names: [data], or [data.sources.NAME]. Raises ValueError, in one line with the fix,
+    for anything that cannot be read."""
+    if isinstance(name, DataConfig):
+        return open_source("data", source_configs(name)["data"], name.cache_dir)
+    assert source is not None
+    key = "data" if name == "data" else f"data.sources.{name}"
+    try:
+        opened = Source(name, find_files(source, key), source.text_field, cache_dir, key)
+        if not opened.check_first_records():
+            raise ValueError(f"{key}.paths = {list(source.paths)}: the corpus is empty, its files hold no record")
+    except SourceError as error:
+        raise ValueError(f"{key}.paths: {error}") from error
+    number = f"{opened.numbering.num_documents:,} documents" if opened.numbering else "documents not counted yet"
     logger.info(
-        f"corpus: {', '.join(data.paths) or 'standard library of this Python'}: {len(source.files):,} files, "
-        f"{source.num_documents:,} documents, {source.num_bytes:,} bytes"
+        f"{'corpus' if key == 'data' else f'source {name}'}: "
+        f"{', '.join(map(shown, source.paths)) or 'standard library of this Python'}: "
+        f"{len(opened.files):,} files, {number}, {opened.num_bytes:,} bytes"
     )
-    return source
+    return opened
 
 
 def manifest_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -155,70 +268,13 @@ def manifest_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     changes += [f"changed: {name}" for name in after if name in before and before[name] != after[name]]
     if old["files"] and new["files"] and changes:
         return changes
-    counts = (f"{key} {old[key]:,} -> {new[key]:,}" for key in ("num_files", "num_documents", "num_bytes"))
+    counts = (f"{key} {_count(old[key])} -> {_count(new[key])}" for key in ("num_files", "num_documents", "num_bytes"))
     return [f"other content, order, format or text_field ({', '.join(counts)})"]
 
 
-class _Jsonl:
-    """An open jsonl file and its record boundaries. Closed when the last thread that uses it lets go of it."""
-
-    def __init__(self, path: str, bounds: np.ndarray) -> None:
-        self.bounds = bounds
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-    def read(self, record: int) -> bytes | None:
-        """The bytes of a record, or None where the file no longer has exactly one line there."""
-        position, end = int(self.bounds[record]), int(self.bounds[record + 1])
-        raw = os.pread(self._descriptor, end - position, position)
-        while len(raw) < end - position:  # the kernel reads at most 2 GiB at once
-            more = os.pread(self._descriptor, end - position - len(raw), position + len(raw))
-            if not more:
-                return None
-            raw += more
-        last = record == len(self.bounds) - 2
-        return raw if raw.find(b"\n", 0, -1) < 0 and (last or raw.endswith(b"\n")) else None
+def _count(number: int | None) -> str:
+    return "not known" if number is None else f"{number:,}"
 
 
-def _read_all(file: SourceFile) -> bytes | None:
-    with open(file.path, "rb") as opened:
-        raw = opened.read()
-    return raw if len(raw) == file.size else None
-
-
-def _decode_python(raw: bytes) -> str:
-    """As tokenize.open does: the encoding that the source declares, newlines made one kind."""
-    encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
-    return io.TextIOWrapper(io.BytesIO(raw), encoding).read()
-
-
-def _parse_record(raw: bytes, text_field: str, first: bool) -> str:
-    text = raw.rstrip(b"\r\n").decode(
-        "utf-8-sig" if first else "utf-8"
-    )  # json.loads(bytes) would guess UTF-16 from NUL bytes
-    try:
-        record = json.loads(text)
-    except RecursionError:
-        # What is too deep depends on the stack we stand on. A skip must not: let an empty stack decide.
-        with ThreadPoolExecutor(1) as fresh:
-            record = fresh.submit(json.loads, text).result()
-    if not isinstance(record, dict):
-        raise ValueError(f"the JSON is no object but {_JSON_NAMES[type(record)]}")
-    if text_field not in record:
-        raise ValueError(f"no field {text_field!r}")
-    if not isinstance(record[text_field], str):
-        raise ValueError(f"the field {text_field!r} is no text but {_JSON_NAMES[type(record[text_field])]}")
-    return str(record[text_field])
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"not {error.encoding.upper()}: {error.reason} at byte {error.start} of the document"
-    if isinstance(error, json.JSONDecodeError):
-        return "a blank line" if not error.doc.strip() else f"bad JSON: {error.msg} at character {error.pos}"
-    if isinstance(error, RecursionError):
-        return "JSON nested too deeply"
-    return str(error)
+def _unreadable(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
