@@ -174,11 +174,11 @@ def _data(config: Config) -> Iterator[str]:
                     f" it into the tables of the sources it is meant for, as in data.sources.{first}.{key}"
                 )
     elif not d.paths:
-        for key in ("exclude", "format", "text_field"):
+        for key in ("format", "text_field"):
             if (value := getattr(d, key)) != default[key].default and (key, value) != ("format", "text"):
                 yield (
-                    f"data.{key} = {toml_value(value)} and data.paths = []: the built-in corpus is a fixed set of text"
-                    f" files, so name files in data.paths or remove data.{key}"
+                    f"data.{key} = {toml_value(value)} and data.paths = []: the built-in corpus is text files, so name"
+                    f" files in data.paths, or remove data.{key}"
                 )
 
 

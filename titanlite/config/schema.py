@@ -17,6 +17,7 @@ SOURCES = "data.sources."
 SOURCE = SOURCES + "NAME"  # stands for the table of each source
 SOURCE_NAME = re.compile(r"[A-Za-z0-9_-]+")  # what TOML takes without quotes
 
+# The table of each source comes after [data], where --help shows it.
 SECTIONS: dict[str, Any] = {
     name: kind
     for field in dataclasses.fields(Config)

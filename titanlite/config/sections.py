@@ -73,7 +73,7 @@ class SourceConfig:
     weight: float = 1.0
     """Share of this source in the rows that are trained, relative to the other weights; 0: none of them."""
     exclude: tuple[str, ...] = ()
-    """Globs of files to leave out of paths."""
+    """As data.exclude, for the files of this source."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     """As data.format, for the files of this source."""
     text_field: str = "text"
@@ -88,7 +88,7 @@ class DataConfig:
     """Files or globs (** for subfolders). Empty: the built-in corpus, the Python source of the running interpreter's
     standard library."""
     exclude: tuple[str, ...] = ()
-    """Globs of files to leave out of paths."""
+    """Globs of files to leave out: those whose path ends as the glob says, as in "*.min.js" or "tests/**/*.py"."""
     format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
     """text: a file is a document. jsonl: a line is a document, also of *.jsonl.gz and *.jsonl.zst. parquet: a row is a
     document. auto: by a file's suffix, text where it is none of these."""
@@ -101,8 +101,8 @@ class DataConfig:
     shuffle_block: int = 4096
     """Documents per shuffle block, in documents: blocks are permuted, then the documents in each block."""
     packing: Literal["split", "best_fit"] = "split"
-    """How documents fill rows. split: one after the other, cut where a row ends; no padding. best_fit: documents that
-    fit in a row are not cut; less than 1 % padding."""
+    """How documents fill rows. split: one after the other, cut where a row ends; no padding. best_fit: a document that
+    fits in a row is not cut; what then stays free is padded and not trained."""
     held_out_fraction: float = 0.0
     """Share of the documents that is kept out of training, for validation: the same ones in every run."""
     on_bad_record: Literal["stop", "skip"] = "stop"
