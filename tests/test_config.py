@@ -601,7 +601,7 @@ DEGREES = ["data_parallel_replicate_degree", "data_parallel_shard_degree", "tens
 
 
 def test_every_key_is_read_somewhere() -> None:
-    """A key that no room reads would change nothing, and say nothing. load_config and resolve_degrees read four of them.
+    """A key that no room reads would change nothing, and say nothing. load_config and resolve_degrees read four.
 
     Rooms get the keys of a corpus that is no mixture as those of its one source, from source_configs.
     """
