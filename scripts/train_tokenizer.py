@@ -7,14 +7,13 @@ Every 50th document is held out; on those, the written files must give the ids t
 import argparse
 import base64
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from titanlite.config import DataConfig
-from titanlite.data.source import Source, open_source
+from titanlite.config import SourceConfig
+from titanlite.data.source import open_source
 from titanlite.tokenizer import LLAMA3_SPLIT_PATTERN, Tokenizer
 
 try:
@@ -93,12 +92,6 @@ def check(tokenizer: BpeTokenizer, folder: Path, documents: Iterable[str]) -> st
     )
 
 
-def usable_documents(source: Source) -> list[int]:
-    """All but _sysconfigdata*.py, in which the machine that built this Python left its paths."""
-    places = (os.path.basename(source.locate(i)) for i in range(source.num_documents))
-    return [i for i, place in enumerate(places) if not place.startswith("_sysconfigdata")]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab_size", type=int, default=8192, help="ids, 3 special tokens included (default: 8192)")
@@ -114,8 +107,10 @@ def main() -> None:
     folder = Path(args.output)
     name = " ".join(args.input) or f"the standard library of Python {platform.python_version()}"
     try:
-        source = open_source(DataConfig(paths=tuple(args.input)))
-        documents = usable_documents(source)
+        source = open_source("data", SourceConfig(paths=tuple(args.input)), "")
+        if source.numbering is None:
+            raise ValueError("--input: compressed files have no random access: name text, jsonl or parquet files")
+        documents = range(source.numbering.num_documents)
         held_out = documents[::HELD_OUT_EVERY]
         kept = [document for i, document in enumerate(documents) if i % HELD_OUT_EVERY] or documents
         tokenizer = train(map(source.read, kept), args.vocab_size - len(SPECIAL_TOKENS))

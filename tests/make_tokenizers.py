@@ -16,7 +16,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-from titanlite.config import DataConfig
+from titanlite.config import SourceConfig
 from titanlite.data.source import open_source
 
 property_test = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -101,8 +101,9 @@ def _common_words() -> list[bytes]:
 
 def real_code(every: int = 25) -> Iterator[str]:
     """Each 25th (or `every`th) file of the standard library."""
-    source = open_source(DataConfig())
-    return map(source.read, range(0, source.num_documents, every))
+    source = open_source("data", SourceConfig(), "")
+    assert source.numbering is not None
+    return map(source.read, range(0, source.numbering.num_documents, every))
 
 
 def write_llama3_like(folder: Path) -> Path:

@@ -8,8 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from titanlite.data.packing import RowPacker, fingerprint_part, row_digest
-from titanlite.data.source import RecordError
-from titanlite.data.stream import Chunk, Cursor
+from titanlite.data.stream import Chunk, Ledger, SourceCursor
 
 MASK = (1 << 64) - 1
 
@@ -49,18 +48,20 @@ documents = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
 
 
 def chunks_of(lengths: list[int], chunk_sizes: list[int], counter: int = 0):  # type: ignore[no-untyped-def]
-    """Endless chunks of the documents, repeated; token k of document c is 1000 * c + k. Size of document c: c + 1."""
+    """Endless chunks of the documents, repeated; token k of document c is 1000 * c + k. Document c has c + 1 bytes.
+
+    Documents without tokens are bad records where their counter is even, else held out.
+    """
     turn = 0
     while True:
         size = chunk_sizes[turn % len(chunk_sizes)]
         turn += 1
-        counters = range(counter, counter + size)
+        counters = np.arange(counter, counter + size)
         counter += size
-        lens = [lengths[c % len(lengths)] for c in counters]
-        ids = [np.arange(n) + 1000 * c for c, n in zip(counters, lens, strict=True)]
-        bad = [RecordError("bad") for n in lens if not n]
-        sizes = np.array(counters, np.int64) + 1
-        yield Chunk(counters[0], np.concatenate(ids).astype(np.int32), np.array(lens, np.int64), sizes, bad, None)
+        lens = np.array([lengths[c % len(lengths)] for c in counters], np.int64)
+        ids = np.concatenate([np.arange(n) + 1000 * c for c, n in zip(counters, lens, strict=True)]).astype(np.int32)
+        out, even = lens == 0, counters % 2 == 0
+        yield Chunk(int(counters[0]), ids, lens, np.where(out, 0, counters + 1), out & even, out & ~even, [], None)
 
 
 def take(packer: RowPacker, chunks, num_rows: int, first: int = 0, last: int | None = None):  # type: ignore[no-untyped-def]
@@ -79,20 +80,30 @@ def naive_stream(lengths: list[int], num_tokens: int) -> list[tuple[int, int]]:
     return stream
 
 
-def naive_ledger(lengths: list[int], stream: list[tuple[int, int]], last: int) -> dict[str, int]:
+def naive_ledger(lengths: list[int], stream: list[tuple[int, int]], last: int, seq_len: int) -> Ledger:
     """Count token by token what rows up to stream index `last` took."""
     begun = range(stream[last][0] + 1)
-    read = [lengths[c % len(lengths)] for c in begun]
-    return {
-        "documents": sum(n > 0 for n in read),
-        "tokens_read": sum(read),
-        "targets": sum(k > 0 for _, k in stream[: last + 1]),
-        "document_first": sum(k == 0 for _, k in stream[: last + 1]),
-        "carried": lengths[stream[last][0] % len(lengths)] - stream[last][1] - 1,
-        "dropped": 0,
-        "bad_records": sum(n == 0 for n in read),
-        "bytes": sum(c + 1 for c, n in zip(begun, read, strict=True) if n),
-    }
+    length = {c: lengths[c % len(lengths)] for c in begun}
+    fitting = [c for c in begun if 0 < length[c] <= seq_len + 1]
+    where: dict[int, list[int]] = {}
+    for index, (c, _) in enumerate(stream):
+        where.setdefault(c, []).append(index)
+    whole = 0
+    for c in fitting:  # all of it in one row; a row shares its last token with the next
+        first = where[c][0]
+        rows = range(max(0, first // seq_len - 1), first // seq_len + 1)
+        whole += any(row * seq_len <= first and first + length[c] - 1 <= (row + 1) * seq_len for row in rows)
+    return Ledger(
+        tokens_read=sum(length.values()),
+        targets=sum(k > 0 for _, k in stream[: last + 1]),
+        document_first=sum(k == 0 for _, k in stream[: last + 1]),
+        carried=length[stream[last][0]] - stream[last][1] - 1,
+        bytes=sum(c + 1 for c in begun if length[c]),
+        bad_records=sum(not length[c] and c % 2 == 0 for c in begun),
+        held_out=sum(not length[c] and c % 2 == 1 for c in begun),
+        fitting=len(fitting),
+        cut=len(fitting) - whole,
+    )
 
 
 @given(
@@ -108,20 +119,28 @@ def test_rows_starts_and_ledger_equal_a_naive_stream(
     lengths: list[int], chunk_sizes: list[int], seq_len: int, num_rows: int
 ) -> None:
     steps = 4
-    stream = naive_stream(lengths, steps * num_rows * seq_len + 2)
-    packer, chunks = RowPacker(seq_len, Cursor()), chunks_of(lengths, chunk_sizes)
+    stream = naive_stream(lengths, steps * num_rows * seq_len + seq_len + 100)
+    packer, chunks = RowPacker(seq_len, SourceCursor()), chunks_of(lengths, chunk_sizes)
     for step in range(steps):
         rows = take(packer, chunks, num_rows)
         assert rows.tokens.shape == (num_rows, seq_len + 1)
-        for i, (row, starts) in enumerate(zip(rows.tokens, rows.starts, strict=True)):
+        for i, row in enumerate(rows.tokens):
             begin = (step * num_rows + i) * seq_len
             expected = stream[begin : begin + seq_len + 1]
             assert row.tolist() == [1000 * c + k for c, k in expected]
-            assert starts.tolist() == [p for p in range(seq_len) if p == 0 or expected[p][1] == 0]
+            starts = [p for p in range(seq_len) if p == 0 or expected[p][1] == 0]
+            assert rows.starts[i].tolist() == starts
+            assert list(zip(rows.counters[i].tolist(), rows.offsets[i].tolist(), strict=True)) == [
+                expected[p] for p in starts
+            ]
         last = (step + 1) * num_rows * seq_len
         ledger = packer.cursor.ledger
-        assert ledger == naive_ledger(lengths, stream, last)
-        assert ledger["tokens_read"] == sum(ledger[k] for k in ("targets", "document_first", "carried", "dropped"))
+        assert ledger == naive_ledger(lengths, stream, last, seq_len)
+        assert ledger.closes()
+        ahead = sum(len(placed.chunk.ids) for placed in packer._placed if placed.begin > last)
+        at = next(placed for placed in packer._placed if placed.begin <= last < placed.begin + len(placed.chunk.ids))
+        begun = int(np.searchsorted(at.ends, last, side="right"))
+        assert packer.unread() == ahead + int(at.chunk.lengths[begun + 1 :].sum())
         assert (packer.cursor.document, packer.cursor.offset) == stream[last]
 
 
@@ -134,25 +153,26 @@ def test_rows_starts_and_ledger_equal_a_naive_stream(
 def test_any_cut_into_batches_restarts_and_slices_gives_the_same_rows(
     lengths: list[int], chunk_sizes: list[int], seq_len: int, batches: list[int]
 ) -> None:
-    whole = RowPacker(seq_len, Cursor())
+    whole = RowPacker(seq_len, SourceCursor())
     expected = take(whole, chunks_of(lengths, [4]), sum(batches))
-    cursor, tokens, starts = Cursor(), [], []
+    cursor, tokens, pieces = SourceCursor(), [], []
     for num_rows in batches:  # every batch by a packer of its own, in two slices
         cut = num_rows // 2
         for first, last in ((0, cut), (cut, num_rows)):
             packer = RowPacker(seq_len, cursor)
-            if first < last:
-                rows = take(packer, chunks_of(lengths, chunk_sizes, cursor.document), num_rows, first, last)
-                tokens.append(rows.tokens)
-                starts += rows.starts
+            rows = take(packer, chunks_of(lengths, chunk_sizes, cursor.document), num_rows, first, last)
+            tokens.append(rows.tokens)
+            pieces += zip(rows.starts, rows.counters, rows.offsets, strict=True)
         cursor = packer.cursor
     assert np.concatenate(tokens).tolist() == expected.tokens.tolist()
-    assert [s.tolist() for s in starts] == [s.tolist() for s in expected.starts]
+    for row, parts in enumerate(pieces):
+        whole_parts = (expected.starts[row], expected.counters[row], expected.offsets[row])
+        assert [part.tolist() for part in parts] == [part.tolist() for part in whole_parts]
     assert cursor == whole.cursor
 
 
 def test_packer_forgets_what_it_has_cut() -> None:
-    packer, chunks = RowPacker(10, Cursor()), chunks_of([7], [3])
+    packer, chunks = RowPacker(10, SourceCursor()), chunks_of([7], [3])
     for _ in range(50):
         take(packer, chunks, 2)
         kept = packer._placed[0].chunk
@@ -160,6 +180,6 @@ def test_packer_forgets_what_it_has_cut() -> None:
 
 
 def test_resume_in_a_document_that_became_shorter_is_refused() -> None:
-    packer = RowPacker(10, replace(Cursor(), row=1, document=3, offset=7))
+    packer = RowPacker(10, replace(SourceCursor(), row=1, document=3, offset=7))
     with pytest.raises(ValueError, match="cannot resume at token 7 of document 3, which has 7"):
         packer.append(next(chunks_of([7], [3], counter=3)))

@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import hashlib
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.byte_tokenizer import ByteTokenizer
-from titanlite.data.source import RecordError, SourceError
-from titanlite.data.stream import Cursor, DocumentOrder, permute, read_chunk, splitmix64
+from titanlite.data.order import DocumentOrder, HeldOut, permute, splitmix64
+from titanlite.data.source import Numbering, RecordError, SourceError
+from titanlite.data.stream import Chunk, Ledger, SourceCursor, StreamedReader, read_chunk
 
 MASK = (1 << 64) - 1
 
@@ -156,9 +159,10 @@ def test_order_is_the_one_that_checkpoints_rely_on() -> None:
     assert far.tolist() == [536303416464, 536303419308, 284771737718, 307456644887]
 
 
-def test_cursor_survives_json_like_dicts() -> None:
-    cursor = Cursor(*range(1, len(dataclasses.fields(Cursor)) + 1))
-    assert Cursor.from_dict(cursor.to_dict()) == cursor
+def test_cursor_survives_json() -> None:
+    cursor = SourceCursor(1, 2, 3, Ledger(*range(4, len(dataclasses.fields(Ledger)) + 4)))
+    assert SourceCursor.from_dict(json.loads(json.dumps(cursor.to_dict()))) == cursor
+    assert SourceCursor.from_dict(json.loads(json.dumps(SourceCursor().to_dict()))) == SourceCursor()
 
 
 class Texts:
@@ -166,14 +170,14 @@ class Texts:
 
     def __init__(self, texts: list[str | BaseException]) -> None:
         self.texts = texts
+        self.numbering = Numbering([len(texts)])
+        self.read_documents: list[int] = []
 
-    def size(self, documents: np.ndarray) -> np.ndarray:
-        return 10 * (documents + 1)
-
-    def locate(self, document: int) -> str:
-        return f"file:{document + 1}"
+    def locate(self, file: int, record: int) -> str:
+        return f"file:{record + 1}"
 
     def read(self, document: int) -> str:
+        self.read_documents.append(document)
         text = self.texts[document]
         if isinstance(text, BaseException):
             raise text
@@ -194,37 +198,51 @@ def panics(text: str) -> np.ndarray:
     return ByteTokenizer().encode_document(text)
 
 
-def chunk_of(texts: list[str | BaseException], skip: bool):  # type: ignore[no-untyped-def]
+def chunk_of(texts: list[str | BaseException], skip: bool, held_out: tuple[int, ...] = ()) -> tuple[Chunk, Texts]:
     source = Texts(texts)
-    return read_chunk(source, panics, 7, np.arange(len(texts)), skip)  # type: ignore[arg-type]
+    reader = StreamedReader(source, panics)  # type: ignore[arg-type]
+    out = np.isin(np.arange(len(texts)), held_out)
+    return read_chunk(reader, 7, np.arange(len(texts)), out, skip), source
 
 
-def test_chunk_holds_tokens_lengths_and_sizes() -> None:
-    chunk = chunk_of(["ab", "", "c"], skip=False)
-    assert chunk.ids.tolist() == [257, 97, 98, 256, 257, 256, 257, 99, 256]
+def test_chunk_holds_tokens_lengths_and_bytes() -> None:
+    chunk, _ = chunk_of(["ab", "", "\ud800é"], skip=False)
+    assert chunk.ids.tolist() == [257, 97, 98, 256, 257, 256, 257, *"\ufffdé".encode(), 256]
     assert chunk.ids.dtype == np.int32
-    assert chunk.lengths.tolist() == [4, 2, 3]
-    assert chunk.sizes.tolist() == [10, 20, 30]
+    assert chunk.lengths.tolist() == [4, 2, 7]
+    assert chunk.bytes.tolist() == [2, 0, 5]
     assert (chunk.counter, chunk.bad_records, chunk.error) == (7, [], None)
+    assert not chunk.bad.any()
 
 
-@pytest.mark.parametrize("bad", [RecordError("file:2: broken"), "panic"])
+def test_held_out_documents_are_not_read_and_have_no_tokens() -> None:
+    chunk, source = chunk_of(["ab", RecordError("file:2", "broken"), "c"], skip=False, held_out=(1,))
+    assert source.read_documents == [0, 2]
+    assert chunk.lengths.tolist() == [4, 0, 3]
+    assert chunk.held_out.tolist() == [False, True, False]
+    assert not chunk.bad.any()
+    assert chunk.error is None
+
+
+@pytest.mark.parametrize("bad", [RecordError("file:2", "broken"), "panic"])
 def test_bad_record_ends_the_chunk_or_is_left_out(bad: str | BaseException) -> None:
-    stopped = chunk_of(["a", bad, "c"], skip=False)
+    stopped, _ = chunk_of(["a", bad, "c"], skip=False)
     assert stopped.lengths.tolist() == [3]
-    assert stopped.sizes.tolist() == [10]
+    assert stopped.ids.tolist() == [257, 97, 256]
+    assert stopped.bytes.tolist() == [1]
     assert isinstance(stopped.error, RecordError)
     assert str(stopped.error).startswith("file:2: ")
     assert 'data.on_bad_record = "skip"' in str(stopped.error)
-    skipped = chunk_of(["a", bad, "c"], skip=True)
+    skipped, _ = chunk_of(["a", bad, "c"], skip=True)
     assert skipped.lengths.tolist() == [3, 0, 3]
+    assert skipped.bad.tolist() == [False, True, False]
     assert skipped.error is None
     assert [str(b).split()[0] for b in skipped.bad_records] == ["file:2:"]
 
 
 @pytest.mark.parametrize("broken", [SourceError("file:2: gone"), "bug"])
 def test_what_is_no_fault_of_the_data_is_never_skipped(broken: str | BaseException) -> None:
-    chunk = chunk_of(["a", broken, "c"], skip=True)
+    chunk, _ = chunk_of(["a", broken, "c"], skip=True)
     assert chunk.lengths.tolist() == [3]
     assert isinstance(chunk.error, (SourceError, RuntimeError))
     assert "file:2: " in str(chunk.error)
@@ -234,6 +252,30 @@ def test_what_is_no_fault_of_the_data_is_never_skipped(broken: str | BaseExcepti
 def test_keyboard_interrupt_is_not_a_bad_record(text: str | BaseException) -> None:
     with pytest.raises(KeyboardInterrupt):
         chunk_of([text], skip=True)
+
+
+def test_held_out_share_is_that_of_the_config_and_nested() -> None:
+    files, records = np.repeat(np.arange(20), 5000), np.tile(np.arange(5000), 20)
+    names = [f"part-{k}.jsonl" for k in range(20)]
+    small, large = (HeldOut("web", names, share)(files, records) for share in (0.01, 0.1))
+    assert abs(small.mean() - 0.01) < 0.001
+    assert abs(large.mean() - 0.1) < 0.003
+    assert large[small].all()  # a larger share only adds documents
+    assert not HeldOut("web", names, 0.0)(files, records).any()
+    assert (HeldOut("books", names, 0.1)(files, records) != large).any()
+
+
+def test_held_out_split_depends_on_the_document_alone() -> None:
+    # blake2b-64 of source and file name, mixed with the record number: computed a second time, in plain Python.
+    def is_out(name: str, record: int) -> bool:
+        key = int.from_bytes(hashlib.blake2b(f"web\0{name}".encode(), digest_size=8).digest(), "little")
+        return splitmix64_in_python(key ^ splitmix64_in_python(record)) < int(0.3 * 2**64)
+
+    for names in (["a", "b"], ["b", "new", "a"]):  # other files and another order move no document
+        split = HeldOut("web", names, 0.3)
+        for f, name in enumerate(names):
+            records = np.arange(50)
+            assert split(np.full(50, f), records).tolist() == [is_out(name, r) for r in range(50)]
 
 
 @settings(max_examples=20)

@@ -23,8 +23,8 @@ from titanlite.metrics import (
     console_line,
     peak_flops,
     peak_memory_gib,
-    summary,
 )
+from titanlite.report import summary
 
 KEYS = [
     "step",
@@ -353,34 +353,63 @@ def test_peak_memory_of_a_gpu_is_what_was_allocated() -> None:
     assert peak_memory_gib(device) >= 1  # the peak, not the present
 
 
-def test_summary_says_what_was_trained_and_where_it_lies() -> None:
+def counts(**changes: int) -> dict[str, int]:
+    return {
+        "tokens_read": 1_000_000,
+        "targets": 998_000,
+        "document_first": 1500,
+        "carried": 450,
+        "dropped": 50,
+        "padding": 500,
+        "bytes": 4_000_000,
+        "bad_records": 3,
+        "held_out": 0,
+        "fitting": 1200,
+        "cut": 300,
+    } | changes
+
+
+def summary_of(ledgers: dict[str, dict[str, int]], epochs: dict[str, float]) -> list[str]:
     text = summary(
         "outputs/run",
         start_step=40,
         step=100,
         loss=2.34567,
-        epoch=1.25,
+        epochs=epochs,
         wall_seconds=3725.4,
         tokens_per_second=12345.6,
-        ledger={
-            "documents": 1500,
-            "tokens_read": 1_000_000,
-            "targets": 998_000,
-            "document_first": 1500,
-            "carried": 450,
-            "dropped": 50,
-            "bad_records": 3,
-        },
+        ledgers=ledgers,
         checkpoint="outputs/run/checkpoint/step-00000100",
     )
-    assert text == (
-        "  steps        100 (resumed after step 40)\n"
-        "  final loss   2.3457\n"
-        "  trained      998,000 target tokens of 1,500 documents, 1.250 epochs\n"
-        "  tokens read  1,000,000 = 998,000 targets + 1,500 document-first + 450 carried + 50 dropped;"
-        " 3 bad records left out\n"
-        "  wall time    1:02:05, 12,346 tokens/s\n"
-        "  checkpoint   outputs/run/checkpoint/step-00000100\n"
-        "  metrics      outputs/run/metrics.jsonl\n"
-        "  dashboard    tensorboard --logdir outputs/run/tb"
-    )
+    return text.splitlines()
+
+
+def test_summary_says_what_was_trained_and_where_it_lies() -> None:
+    assert summary_of({"data": counts()}, {"data": 1.25}) == [
+        "  steps        100 (resumed after step 40)",
+        "  final loss   2.3457",
+        "  trained      998,000 target tokens of 1,500 documents, 1.250 epochs",
+        "  tokens read  1,000,000 = 998,000 targets + 1,500 document-first + 450 carried + 50 dropped"
+        " (the data ended); 3 bad records left out",
+        "  packing      300 of 1,200 documents that fit into a row were cut; 500 pads (0.05%)",
+        "  wall time    1:02:05, 12,346 tokens/s",
+        "  checkpoint   outputs/run/checkpoint/step-00000100",
+        "  metrics      outputs/run/metrics.jsonl",
+        "  dashboard    tensorboard --logdir outputs/run/tb",
+    ]
+
+
+def test_summary_of_a_mixture_tells_of_each_source() -> None:
+    small = {"tokens_read": 3000, "targets": 2000, "document_first": 10, "carried": 990, "bad_records": 0}
+    ledgers = {"web": counts(dropped=0, carried=500), "books": counts(**small, dropped=0, padding=0, held_out=7)}
+    lines = summary_of(ledgers, {"web": 0.5, "books": 4.25})
+    assert lines[2:7] == [
+        "  trained      1,000,000 target tokens of 1,510 documents",
+        "  tokens read  1,003,000 = 1,000,000 targets + 1,510 document-first + 1,490 carried + 0 dropped;"
+        " 3 bad records left out, 7 documents held out",
+        "  packing      600 of 2,400 documents that fit into a row were cut; 500 pads (0.05%)",
+        "    web        0.500 epochs, 99.80% of the targets; 1,000,000 = 998,000 targets + 1,500 document-first"
+        " + 500 carried + 0 dropped; 3 bad records left out",
+        "    books      4.250 epochs, 0.20% of the targets; 3,000 = 2,000 targets + 10 document-first + 990 carried"
+        " + 0 dropped; 0 bad records left out, 7 documents held out",
+    ]

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from titanlite.checkpoint import Checkpointer, CheckpointError, decide_start
 from titanlite.config import Config, diff, dump_toml, resolve_degrees
-from titanlite.data import Batch, build_loader
+from titanlite.data.feed import EndOfData
+from titanlite.data.loader import Batch, build_loader
 from titanlite.log import logger
-from titanlite.model import check_rule, labels, num_parameters
+from titanlite.metrics import peak_flops
+from titanlite.model import check_rule, flops_per_token, labels, num_parameters
 from titanlite.parallel.mesh import build_mesh, init_process_group, set_timeout
 from titanlite.profiling import Profiling
 from titanlite.report import Report
@@ -56,6 +58,8 @@ class Job:
         self._joined = self._claimed = False
         self._saver: Checkpointer | None = None
         self._problem: str | None = None  # that this rank met after its last exchange with the others
+        self._ending = "finished"
+        self._data_ended: EndOfData | None = None
         self._saved_step = 0  # before the first step there is nothing to save: the next start begins again
         self._warm = False  # a step was made in this process
 
@@ -142,6 +146,7 @@ class Job:
                 cursor=meta.get("cursor"),
                 saved_corpus=read_json(self.folder / "corpus.json"),
                 pin_memory=self.mesh.device.type == "cuda",
+                tokenizing_share=_tokenizing_share(config, self.mesh.device.type),
             )
         self._stack.callback(self.loader.close)
         self.cursor, self.ledger = meta.get("cursor", {}), meta.get("ledger", {})
@@ -183,8 +188,7 @@ class Job:
                 device=self.mesh.device,
                 start_step=self.trainer.step,
             )
-            num_documents = self.loader.corpus["num_documents"]
-            self.report = Report(self.config, self.trainer, num_documents, skipped_before)
+            self.report = Report(self.config, self.trainer, skipped_before)
         self._stack.enter_context(self.profiling)
         self._stack.enter_context(self.report)
         self.set_status("running", self.trainer.step)
@@ -194,18 +198,23 @@ class Job:
             write_json(self.folder / "status.json", {"state": state, "step": step, "pid": os.getpid(), **facts})
 
     def next_step(self) -> Step | None:
-        """The next step's data; None when any rank was asked to stop. A data error on any rank is raised on all."""
+        """The next step's data; None where there is none, because any rank was asked to stop or the data ended.
+
+        A data error on any rank is raised on all.
+        """
         batch, problem = None, self._problem
         with self.report.throughput.waiting_for_data():
             try:
                 batch = next(self.loader)
+            except EndOfData as end:  # at the same step on every rank: it follows from the data alone
+                self._data_ended = end
             except Exception as error:  # of any kind: the other ranks must hear of it instead of waiting
                 problem = str(error) or repr(error)
         shares = torch.zeros(5, dtype=torch.int64)
         shares[3], shares[4] = self.stop.received is not None, problem is not None
         if batch is not None and self.mesh.tp.get_local_rank() == 0:
             shares[0] = (labels(batch.rows, self.tokenizer.eos_id) >= 0).sum()
-            shares[1] = sum(len(starts) for starts in batch.starts)
+            shares[1] = batch.num_documents
             shares[2] = torch.tensor(batch.fingerprint_part, dtype=torch.uint64).view(torch.int64)
         dist.all_reduce(shares)  # on the CPU: the step's facts are known to every host, and no device waits
         num_targets, num_documents, fingerprint, stop, problems = shares.tolist()
@@ -213,6 +222,10 @@ class Job:
             agree(problem)
         if stop:
             logger.warning("%s: saving a checkpoint and stopping", self.stop.received or "another rank was signalled")
+            self._ending = "preempted"
+            return None
+        if self._data_ended is not None:
+            logger.warning("%s: this is the last step, %d", self._data_ended, self.trainer.step)
             return None
         assert batch is not None
         if not self._warm:
@@ -225,9 +238,7 @@ class Job:
         number, config = self.trainer.step, self.config
         self.cursor, self.ledger = step.batch.cursor, step.batch.ledger
         try:
-            self.report.step(
-                result, step.fingerprint, num_documents=step.num_documents, cursor=self.cursor, ledger=self.ledger
-            )
+            self.report.step(result, step.fingerprint, step.batch, num_documents=step.num_documents)
             self.profiling.step()
         except OSError as error:
             self._problem = f"the logs of step {number} cannot be written: {error}"
@@ -260,14 +271,30 @@ class Job:
             "config": asdict(self.config),
         }
 
-    def finish(self, state: str) -> None:
+    def finish(self) -> None:
         """The end of a run that is finished or preempted: save, wait until it is on disk, say so."""
         agree(self._problem)
+        state = self._ending
         if state == "preempted" and not self.config.checkpoint.enable:
             raise RunFailed(f"stopped after step {self.trainer.step}; checkpoint.enable = false, so nothing was saved")
         self.save()
         self.checkpointer.wait()
-        self.set_status(state, self.trainer.step)
+        ended = {"reason": str(self._data_ended)} if self._data_ended and state == "finished" else {}
+        self.set_status(state, self.trainer.step, **ended)
         path = self.folder / "checkpoint" / f"step-{self.trainer.step:08d}"
         checkpoint = str(path) if self.config.checkpoint.enable else "none (checkpoint.enable = false)"
-        logger.info("%s\n%s", state, self.report.summary(self.ledger, checkpoint) or "no step was made")
+        ledgers = self._data_ended.ledgers if self._data_ended else None
+        logger.info("%s\n%s", state, self.report.summary(ledgers, checkpoint) or "no step was made")
+
+
+def _tokenizing_share(config: Config, device_type: str) -> float:
+    """The share of this host's cores that it would take to tokenise the whole stream on each of its ranks; 0: unknown.
+
+    At 2.5 million tokens per second and core, and training at half of the devices' peak.
+    """
+    peak = peak_flops(torch.cuda.get_device_name()) if device_type == "cuda" else None
+    if peak is None:
+        return 0.0
+    tokens_per_second = dist.get_world_size() * 0.5 * peak / flops_per_token(config.model, config.training.seq_len)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return tokens_per_second * ranks_here / 2.5e6 / (os.cpu_count() or 1)

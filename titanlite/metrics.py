@@ -15,7 +15,12 @@ TensorBoard tags, over the optimiser step (the names in metrics.jsonl are the sa
     step_time_seconds             training time of a step: wall time without saves
     peak_memory_gib               see `peak_memory_gib`; of the rank that needs most
     * checkpoint_seconds          time for which a save held the training up
-    * documents_per_row           of the step's batch; * epoch, as a fraction; * bad_records, left out so far
+    * documents_per_row           pieces of documents in a row of the step's batch
+    * bad_records                 left out so far
+    * padding_fraction            share of the tokens of all rows so far that are pads; see data.packing
+    * cut_fraction                share of the documents so far that a row could hold and that lie in two
+    * data/SOURCE/...             of each source: epoch, as a fraction, and the counts of its ledger (data/stream.py):
+                                  tokens_read = targets + document_first + carried + dropped; padding, bytes, ...
 """
 
 import json
@@ -28,7 +33,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -271,36 +275,3 @@ def peak_flops(device_name: str) -> float | None:
         if re.fullmatch(pattern, name):
             return tflops * 1e12
     return None
-
-
-def summary(
-    folder: str | Path,
-    *,
-    start_step: int,
-    step: int,
-    loss: float,
-    epoch: float,
-    wall_seconds: float,
-    tokens_per_second: float,
-    ledger: Mapping[str, int],
-    checkpoint: str,
-) -> str:
-    """The end-of-run report. `checkpoint`: path of the last one, or why there is none.
-
-    `ledger` counts since step 0, with keys documents, tokens_read, targets, document_first, carried, dropped and
-    bad_records; wall_seconds and tokens_per_second speak of this process alone.
-    """
-    resumed = f" (resumed after step {start_step:,})" if start_step else ""
-    rows = {
-        "steps": f"{step:,}{resumed}",
-        "final loss": f"{loss:.4f}",
-        "trained": f"{ledger['targets']:,} target tokens of {ledger['documents']:,} documents, {epoch:.3f} epochs",
-        "tokens read": f"{ledger['tokens_read']:,} = {ledger['targets']:,} targets"
-        f" + {ledger['document_first']:,} document-first + {ledger['carried']:,} carried"
-        f" + {ledger['dropped']:,} dropped; {ledger['bad_records']:,} bad records left out",
-        "wall time": f"{timedelta(seconds=round(wall_seconds))}, {tokens_per_second:,.0f} tokens/s",
-        "checkpoint": checkpoint,
-        "metrics": str(Path(folder) / "metrics.jsonl"),
-        "dashboard": f"tensorboard --logdir {Path(folder) / 'tb'}",
-    }
-    return "\n".join(f"  {name:<12} {value}" for name, value in rows.items())

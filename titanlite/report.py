@@ -6,15 +6,16 @@ It also reads, at the same moments, whether loss and gradients are finite, becau
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from titanlite.config import Config
+from titanlite.data.loader import Batch
 from titanlite.log import logger
-from titanlite.metrics import RunLog, StepMetrics, Throughput, peak_flops, peak_memory_gib, summary
+from titanlite.metrics import RunLog, StepMetrics, Throughput, peak_flops, peak_memory_gib
 from titanlite.model import flops_per_token
 from titanlite.runtime import RunFailed
 from titanlite.trainer import StepResult, Trainer
@@ -23,14 +24,15 @@ from titanlite.trainer import StepResult, Trainer
 class Report:
     """Reports on a trainer from its current step on. Every rank has one; rank 0's writes. A context."""
 
-    def __init__(self, config: Config, trainer: Trainer, num_documents: int, skipped_before: int) -> None:
-        self._config, self._trainer, self._num_documents = config, trainer, num_documents
+    def __init__(self, config: Config, trainer: Trainer, skipped_before: int) -> None:
+        self._config, self._trainer = config, trainer
         self._folder = Path(config.job.dump_folder)
         self._skipped_before = skipped_before  # updates left out before the last resume
         self._start_step, self._start_tokens = trainer.step, trainer.trained_targets
         self._start_time = time.perf_counter()
         self._fingerprints: dict[int, str] = {}  # of the steps since the last logged one, to name a bad one
         self._result: StepResult | None = None  # of the last step
+        self._batch: Batch | None = None
         self._skipped = skipped_before
         self._stack = ExitStack()
         training = config.training
@@ -59,31 +61,22 @@ class Report:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def step(
-        self,
-        result: StepResult,
-        fingerprint: str,
-        *,
-        num_documents: int,
-        cursor: Mapping[str, Any],
-        ledger: Mapping[str, int],
-    ) -> None:
-        """The trainer made a step with a batch of num_documents pieces of documents.
+    def step(self, result: StepResult, fingerprint: str, batch: Batch, *, num_documents: int) -> None:
+        """The trainer made a step; num_documents are the pieces of documents in the rows of all ranks.
 
         Raises as `check_finite` does, on all ranks, and OSError on rank 0 where its files cannot be written.
         """
         number, config = self._trainer.step, self._config
-        self._fingerprints[number], self._result = fingerprint, result
+        self._fingerprints[number], self._result, self._batch = fingerprint, result, batch
         logged = number == 1 or number % config.metrics.log_freq == 0 or number == config.training.steps
         metrics = self._measure(result, fingerprint) if logged else None
         if self._run_log is not None:
-            self._run_log.step(number, fingerprint, cursor)
+            self._run_log.step(number, fingerprint, batch.cursor)
             if metrics is not None:
                 self._run_log.log(
                     metrics,
                     documents_per_row=num_documents / config.training.global_batch_size,
-                    epoch=ledger["documents"] / self._num_documents,
-                    bad_records=ledger["bad_records"],
+                    **_data_scalars(batch),
                 )
         if logged:
             self.check_finite()
@@ -141,9 +134,12 @@ class Report:
         if self._run_log is not None:
             self._run_log.scalars(self._trainer.step, checkpoint_seconds=seconds)
 
-    def summary(self, ledger: Mapping[str, int], checkpoint: str) -> str | None:
-        """The end-of-run text; None where this process made no step. Waits for the device."""
-        if self._result is None:
+    def summary(self, ledgers: Mapping[str, Mapping[str, int]] | None, checkpoint: str) -> str | None:
+        """The end-of-run text; None where this process made no step. Waits for the device.
+
+        ledgers: of each source, where they are not those of the last batch.
+        """
+        if self._result is None or self._batch is None:
             return None
         seconds = time.perf_counter() - self._start_time
         return summary(
@@ -151,9 +147,76 @@ class Report:
             start_step=self._start_step,
             step=self._trainer.step,
             loss=self._result.loss.item(),
-            epoch=ledger["documents"] / self._num_documents,
+            epochs=self._batch.epochs,
             wall_seconds=seconds,
             tokens_per_second=(self._trainer.trained_targets - self._start_tokens) / seconds,
-            ledger=ledger,
+            ledgers=self._batch.source_ledgers if ledgers is None else ledgers,
             checkpoint=checkpoint,
         )
+
+
+def _data_scalars(batch: Batch) -> dict[str, float]:
+    """What TensorBoard shows of the data: see the table in metrics.py."""
+    ledger = batch.ledger
+    row_tokens = ledger["targets"] + ledger["document_first"] + ledger["padding"]
+    scalars: dict[str, float] = {
+        "bad_records": ledger["bad_records"],
+        "padding_fraction": ledger["padding"] / row_tokens,
+        "cut_fraction": ledger["cut"] / max(1, ledger["fitting"]),
+    }
+    for name, counts in batch.source_ledgers.items():
+        scalars |= {f"data/{name}/{key}": count for key, count in counts.items()}
+        scalars[f"data/{name}/epoch"] = batch.epochs[name]
+    return scalars
+
+
+def summary(
+    folder: str | Path,
+    *,
+    start_step: int,
+    step: int,
+    loss: float,
+    epochs: Mapping[str, float],
+    wall_seconds: float,
+    tokens_per_second: float,
+    ledgers: Mapping[str, Mapping[str, int]],
+    checkpoint: str,
+) -> str:
+    """The end-of-run report. `checkpoint`: path of the last one, or why there is none.
+
+    `ledgers` hold the counts of data/stream.py's Ledger since step 0, by source; wall_seconds and tokens_per_second
+    speak of this process alone.
+    """
+    resumed = f" (resumed after step {start_step:,})" if start_step else ""
+    total = {key: sum(ledger[key] for ledger in ledgers.values()) for key in next(iter(ledgers.values()))}
+    row_tokens = total["targets"] + total["document_first"] + total["padding"]
+    rows = {
+        "steps": f"{step:,}{resumed}",
+        "final loss": f"{loss:.4f}",
+        "trained": f"{total['targets']:,} target tokens of {total['document_first']:,} documents"
+        + (f", {next(iter(epochs.values())):.3f} epochs" if len(epochs) == 1 else ""),
+        "tokens read": _ledger_line(total),
+        "packing": f"{total['cut']:,} of {total['fitting']:,} documents that fit into a row were cut;"
+        f" {total['padding']:,} pads ({total['padding'] / row_tokens:.2%})",
+        **{
+            f"  {name}": f"{epochs[name]:.3f} epochs, {ledger['targets'] / total['targets']:.2%} of the targets;"
+            f" {_ledger_line(ledger)}"
+            for name, ledger in ledgers.items()
+            if len(ledgers) > 1
+        },
+        "wall time": f"{timedelta(seconds=round(wall_seconds))}, {tokens_per_second:,.0f} tokens/s",
+        "checkpoint": checkpoint,
+        "metrics": str(Path(folder) / "metrics.jsonl"),
+        "dashboard": f"tensorboard --logdir {Path(folder) / 'tb'}",
+    }
+    return "\n".join(f"  {name:<12} {value}" for name, value in rows.items())
+
+
+def _ledger_line(ledger: Mapping[str, int]) -> str:
+    ended = " (the data ended)" if ledger["dropped"] else ""
+    held_out = f", {ledger['held_out']:,} documents held out" if ledger["held_out"] else ""
+    return (
+        f"{ledger['tokens_read']:,} = {ledger['targets']:,} targets + {ledger['document_first']:,} document-first"
+        f" + {ledger['carried']:,} carried + {ledger['dropped']:,} dropped{ended};"
+        f" {ledger['bad_records']:,} bad records left out{held_out}"
+    )

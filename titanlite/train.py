@@ -56,11 +56,10 @@ def train(job: "Job", config: Config) -> None:
     while job.trainer.step < config.training.steps:
         step = job.next_step()
         if step is None:
-            job.finish("preempted")
-            return
+            break
         result = job.trainer.train_step(step.rows, step.num_targets)
         job.finish_step(step, result)
-    job.finish("finished")
+    job.finish()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""The token stream: source (documents) -> stream (order, cursor) -> packing (rows) -> loader (batches)."""
+"""The token stream: source (documents) -> stream (tokens) -> packing -> rows (of all sources) -> loader (batches).
 
-from titanlite.data.loader import Batch, Loader, build_loader
-from titanlite.data.source import RecordError, SourceError, manifest_changes
-from titanlite.data.stream import Cursor
-
-__all__ = ["Batch", "Cursor", "Loader", "RecordError", "SourceError", "build_loader", "manifest_changes"]
+Only `loader` needs torch, so this module imports nothing.
+"""

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from titanlite.config.sections import DataConfig, SourceConfig, source_configs
+from titanlite.config.sections import SourceConfig
 from titanlite.data.files import SourceFile, find_files, in_threads, shown
 from titanlite.data.formats import RECORD_ERRORS, Jsonl, decode, json_fields, read_text, reason, stream_lines
 from titanlite.data.parquet import Parquet, RowGroups
-from titanlite.log import logger
 
 _OPEN_FILES = 128  # files kept open, each with its index; a process may often have 1024 descriptors
 _MANIFEST_FILES = 10_000  # a manifest names single files up to this number: it is stored in every checkpoint
@@ -27,12 +26,12 @@ _MANIFEST_FILES = 10_000  # a manifest names single files up to this number: it 
 class RecordError(ValueError):
     """A document whose bytes hold no text. A pure function of the data: any reader of these bytes gets it."""
 
-    def __init__(self, place: str, reason: str = "") -> None:
-        super().__init__(*filter(None, (place, reason)))
-        self.reason = reason
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(place, reason)
+        self.place, self.reason = place, reason
 
     def __str__(self) -> str:
-        return ": ".join(self.args)
+        return f"{self.place}: {self.reason}"
 
 
 class SourceError(OSError):
@@ -141,18 +140,8 @@ class Source:
             sizes[here] = self._open(f).sizes(records[here])
         return sizes
 
-    size = sizes
-
-    @property
-    def num_documents(self) -> int:
-        assert self.numbering is not None
-        return self.numbering.num_documents
-
-    def locate(self, file: int, record: int | None = None) -> str:
+    def locate(self, file: int, record: int) -> str:
         """A document's place for people: its file, for jsonl with the line (from 1), for parquet the row (from 0)."""
-        if record is None:
-            assert self.numbering is not None
-            file, record = self.numbering.place(file)
         path, kind = shown(self.files[file].path), self.files[file].kind
         return f"{path}: row {record}" if kind == "parquet" else f"{path}:{record + 1}" if "jsonl" in kind else path
 
@@ -232,12 +221,9 @@ class Source:
         return opened.num_records, opened.random_access
 
 
-def open_source(name: str | DataConfig, source: SourceConfig | None = None, cache_dir: str = "") -> Source:
+def open_source(name: str, source: SourceConfig, cache_dir: str) -> Source:
     """The documents that a section names: [data], or [data.sources.NAME]. Raises ValueError, in one line with the fix,
     for anything that cannot be read."""
-    if isinstance(name, DataConfig):
-        return open_source("data", source_configs(name)["data"], name.cache_dir)
-    assert source is not None
     key = "data" if name == "data" else f"data.sources.{name}"
     try:
         opened = Source(name, find_files(source, key), source.text_field, cache_dir, key)
@@ -245,12 +231,6 @@ def open_source(name: str | DataConfig, source: SourceConfig | None = None, cach
             raise ValueError(f"{key}.paths = {list(source.paths)}: the corpus is empty, its files hold no record")
     except SourceError as error:
         raise ValueError(f"{key}.paths: {error}") from error
-    number = f"{opened.numbering.num_documents:,} documents" if opened.numbering else "documents not counted yet"
-    logger.info(
-        f"{'corpus' if key == 'data' else f'source {name}'}: "
-        f"{', '.join(map(shown, source.paths)) or 'standard library of this Python'}: "
-        f"{len(opened.files):,} files, {number}, {opened.num_bytes:,} bytes"
-    )
     return opened
 
 

@@ -1,138 +1,206 @@
-"""The token stream: the order of documents, their tokens, and the position in it.
+"""The token stream of one source: documents as tokens, the position in them, and what became of each token.
 
-Owns the shuffle (a closed form: document counter -> epoch and document), the tokens of a run of consecutive documents,
-and the cursor, which is all that a resume needs. Nothing here knows of ranks, batches, workers or threads.
+Owns what travels between the rooms of `data`: documents read (`Documents`), runs of them in the stream's order
+(`Chunk`), the cursor, which is all that a resume needs, and the ledger. Nothing here knows of ranks, batches, workers
+or threads.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol
 
 import numpy as np
 
-from titanlite.data.source import RecordError, Source
+from titanlite.data.source import Numbering, RecordError, Source
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_FEISTEL_ROUNDS = 6
-
-
-def splitmix64(x: np.ndarray) -> np.ndarray:
-    """Output of the SplitMix64 generator at state x, uint64 [n] (Steele, Lea, Flood 2014; Vigna's splitmix64.c)."""
-    z = x + _GAMMA
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def permute(x: np.ndarray, size: int, keys: np.ndarray, inverse: bool = False) -> np.ndarray:
-    """Images of x (uint64 [n], below `size`) under keyed pseudo-random permutations of range(size).
-
-    keys: uint64 [n], one permutation per key. A Feistel network on the next even number of bits, walked along its
-    cycle until the image is below `size` again (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
-    Memory O(n), whatever the size; on average less than four walks, or 64 / size.
-    """
-    half = max(3, (int(size - 1).bit_length() + 1) // 2)  # halves of 1 or 2 bits shuffle measurably unevenly
-    y = _feistel(x, half, keys, inverse)
-    while len(outside := np.flatnonzero(y >= np.uint64(size))):
-        y[outside] = _feistel(y[outside], half, keys[outside], inverse)
-    return y
-
-
-def _feistel(x: np.ndarray, half: int, keys: np.ndarray, inverse: bool) -> np.ndarray:
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = x >> shift, x & mask
-    if inverse:  # the same network with the halves exchanged and the rounds reversed
-        left, right = right, left
-    for r in reversed(range(_FEISTEL_ROUNDS)) if inverse else range(_FEISTEL_ROUNDS):
-        left, right = right, left ^ (splitmix64(keys ^ right ^ np.uint64(r << 56)) & mask)
-    if inverse:
-        left, right = right, left
-    return left << shift | right
-
-
-class DocumentOrder:
-    """The order of documents, epoch after epoch: blocks of documents shuffled, then the documents in each block.
-
-    Every epoch is a permutation of all documents, a pure function of (num_documents, seed, epoch, shuffle_block). The
-    last block may be shorter; it takes any place among the blocks. shuffle_block = 0: the natural order.
-    """
-
-    def __init__(self, num_documents: int, seed: int, shuffle_block: int) -> None:
-        assert num_documents > 0
-        assert shuffle_block >= 0
-        self.num_documents = num_documents
-        self.shuffle_block = shuffle_block
-        self._seed = np.array([seed % (1 << 64)], np.uint64)
-
-    def documents(self, counters: np.ndarray) -> np.ndarray:
-        """The documents (int64 [n]) that the counters (int64 [n], from 0 at the start of training) stand for."""
-        epochs, places = np.divmod(counters, self.num_documents)
-        if not self.shuffle_block:
-            return places
-        num_full, rest = divmod(self.num_documents, self.shuffle_block)
-        keys = splitmix64(splitmix64(self._seed) ^ epochs.astype(np.uint64))
-        if rest:  # blocks behind the short one begin where they would if it were full
-            distinct, which = np.unique(keys, return_inverse=True)
-            short = np.full(len(distinct), num_full, np.uint64)
-            place = permute(short, num_full + 1, distinct, inverse=True).astype(np.int64)[which]
-            places = places + np.where(places < place * self.shuffle_block + rest, 0, self.shuffle_block - rest)
-        slots, inside = (part.astype(np.uint64) for part in np.divmod(places, self.shuffle_block))
-        blocks = permute(slots, num_full + (rest > 0), keys)
-        block_keys = splitmix64(splitmix64(keys) ^ blocks)
-        full = blocks < np.uint64(num_full)
-        for members, size in ((full, self.shuffle_block), (~full, rest)):
-            if members.any():
-                inside[members] = permute(inside[members], size, block_keys[members])
-        return blocks.astype(np.int64) * self.shuffle_block + inside.astype(np.int64)
+_SAMPLE_DOCUMENTS, _SAMPLE_CHARS, _SAMPLE_BYTES = 32, 16_384, 32 << 20  # to estimate the tokens of a source
+_SIZED_DOCUMENTS = 10_000
 
 
 @dataclass(frozen=True)
-class Cursor:
-    """Where the stream stands: the next row, and the document and token with which it begins. The ledger counts what
-    the rows before it took: tokens_read == targets + document_first + carried + dropped.
-    """
+class Ledger:
+    """What became of the tokens: tokens_read == targets + document_first + carried + dropped."""
 
-    row: int = 0
-    document: int = 0
-    """Counter (epochs included) of the document that holds the next row's first token."""
-    offset: int = 0
-    """Index of that token in the document."""
     tokens_read: int = 0
-    """Tokens of all documents that were begun."""
+    """Tokens of all documents that were begun (best_fit: of all windows that were begun)."""
     targets: int = 0
     """Tokens that were predicted from another token of their document."""
     document_first: int = 0
     """First tokens of documents, which nothing predicts; so also the number of documents begun."""
     carried: int = 0
-    """Tokens of the last document that wait for the next row."""
-    bad_records: int = 0
+    """Tokens that wait for the next row."""
+    dropped: int = 0
+    """Tokens that no row will hold, because the data ended (data.max_epochs)."""
+    padding: int = 0
+    """Pads, which are no tokens read: they fill rows that no document fits into."""
     bytes: int = 0
-    """Bytes on disk of the documents begun."""
+    """UTF-8 bytes of the texts of the documents whose tokens were read."""
+    bad_records: int = 0
+    """Records that hold no text and were left out."""
+    held_out: int = 0
+    """Documents that were left to validation."""
+    fitting: int = 0
+    """Documents read that a row can hold whole."""
+    cut: int = 0
+    """Fitting documents that lie in two rows all the same."""
 
-    @property
-    def ledger(self) -> dict[str, int]:
-        return {
-            "documents": self.document_first,
-            "tokens_read": self.tokens_read,
-            "targets": self.targets,
-            "document_first": self.document_first,
-            "carried": self.carried,
-            "dropped": 0,  # rows are cut from one stream, so that no token falls between them
-            "bad_records": self.bad_records,
-            "bytes": self.bytes,
-        }
+    def __add__(self, other: "Ledger") -> "Ledger":
+        return Ledger(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Ledger)))
+
+    def closes(self) -> bool:
+        return self.tokens_read == self.targets + self.document_first + self.carried + self.dropped
+
+
+@dataclass(frozen=True)
+class SourceCursor:
+    """Where a source's stream stands: the next row, and the place in the documents from which it is made."""
+
+    row: int = 0
+    """Rows that the source has dealt."""
+    document: int = 0
+    """split: counter (epochs included) of the document that holds the next row's first token. best_fit: of the first
+    document in the window."""
+    offset: int = 0
+    """split: index of that token in the document. best_fit: rows of the window that are dealt."""
+    ledger: Ledger = field(default_factory=Ledger)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "row": self.row,
-            "sources": [{"document": self.document, "offset": self.offset, "ledger": self.ledger}],
-        }
+        """JSON-able and small: counts of 0 are left out."""
+        ledger = {name: count for name, count in asdict(self.ledger).items() if count}
+        return {"row": self.row, "document": self.document, "offset": self.offset, "ledger": ledger}
 
     @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> "Cursor":
-        (source,) = state["sources"]
-        counts = {key: value for key, value in source["ledger"].items() if key not in ("documents", "dropped")}
-        return cls(state["row"], source["document"], source["offset"], **counts)
+    def from_dict(cls, state: dict[str, Any]) -> "SourceCursor":
+        return cls(state["row"], state["document"], state["offset"], Ledger(**state["ledger"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Documents that were asked for by number, as tokens."""
+
+    ids: np.ndarray
+    """int32 [tokens], document after document."""
+    lengths: np.ndarray
+    """Tokens of each document, int64 [documents]; 0 where it was not to be kept or is a bad record."""
+    bytes: np.ndarray
+    """UTF-8 bytes of each text, int64 [documents]; a lone surrogate counts 3; 0 where the length is."""
+    bad: list[tuple[int, RecordError]]
+    """Bad records with their index in the request."""
+    error: Exception | None = None
+    """What ended the reading; the arrays then end before that document."""
+
+
+class DocumentEncoder(Protocol):
+    """What the data needs of a tokenizer. Picklable: processes that write a token cache get a copy."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever could change the ids of any text."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id + 1."""
+
+    @property
+    def eos_id(self) -> int: ...
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """int32 ids: [bos] text [eos]; never empty."""
+
+
+class Reader(Protocol):
+    """Documents of a source by number. Threads may share it."""
+
+    @property
+    def numbering(self) -> Numbering: ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents; an estimate where they would have to be tokenised for it."""
+
+    def sizes(self, documents: np.ndarray) -> np.ndarray:
+        """About how many bytes each of the documents has, int64 [n], without reading them."""
+
+    def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
+        """The tokens of documents (int64 [n]); what is not to be kept (bool [n]) is not even read.
+
+        Raises nothing but KeyboardInterrupt and SystemExit. What bad records mean is the caller's business.
+        """
+
+    def locate(self, document: int) -> str:
+        """The document's place for people: file, and line or row."""
+
+
+class StreamedReader:
+    """Reads text and tokenises it on the spot."""
+
+    def __init__(self, source: Source, encode_document: Callable[[str], np.ndarray]) -> None:
+        assert source.numbering is not None, "a source without random access is read from the token cache"
+        self.numbering: Numbering = source.numbering
+        self._source, self._encode_document = source, encode_document
+
+    @property
+    def num_tokens(self) -> int:
+        """Estimated from the beginnings of some documents and the sizes of many."""
+        num_documents = self.numbering.num_documents
+        sized = np.unique(np.linspace(0, num_documents - 1, min(num_documents, _SIZED_DOCUMENTS)).astype(np.int64))
+        sizes = self.sizes(sized)
+        tokens = read = 0.0
+        for i in np.linspace(0, len(sized) - 1, min(len(sized), _SAMPLE_DOCUMENTS)).astype(np.int64).tolist():
+            if read > _SAMPLE_BYTES:
+                break
+            try:
+                text = self._source.read(int(sized[i]))
+                beginning = text[:_SAMPLE_CHARS]
+                tokens += len(self._encode(beginning, int(sized[i]))) * (len(text) / max(1, len(beginning)))
+            except (ValueError, OSError, RuntimeError):  # met again, and told, when the document's turn comes
+                continue
+            read += float(sizes[i])
+        return round(tokens / max(1.0, read) * float(sizes.mean()) * num_documents)
+
+    def sizes(self, documents: np.ndarray) -> np.ndarray:
+        return self._source.sizes(documents)
+
+    def locate(self, document: int) -> str:
+        return self._source.locate(*self.numbering.place(document))
+
+    def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
+        ids = [np.empty(0, np.int32)]  # concatenate wants at least one array
+        lengths: list[int] = []
+        sizes: list[int] = []
+        bad: list[tuple[int, RecordError]] = []
+        error: Exception | None = None
+        try:
+            for i, (document, kept) in enumerate(zip(documents.tolist(), keep.tolist(), strict=True)):
+                length = size = 0
+                if kept:
+                    try:
+                        text = self._source.read(document)
+                        ids.append(self._encode(text, document))
+                        length, size = len(ids[-1]), len(text.encode("utf-8", "surrogatepass"))
+                    except RecordError as broken:
+                        bad.append((i, broken))
+                lengths.append(length)
+                sizes.append(size)
+        except Exception as failure:
+            error = failure
+        return Documents(np.concatenate(ids), np.array(lengths, np.int64), np.array(sizes, np.int64), bad, error)
+
+    def _encode(self, text: str, document: int) -> np.ndarray:
+        return encode_or_raise(self._encode_document, text, lambda: self.locate(document))
+
+
+def encode_or_raise(encode_document: Callable[[str], np.ndarray], text: str, place: Callable[[], str]) -> np.ndarray:
+    """The tokens of a document. Raises RecordError for a text that the tokenizer gives up on, RuntimeError for a bug of
+    its own."""
+    try:
+        return encode_document(text)
+    except Exception as error:
+        raise RuntimeError(f"{place()}: cannot tokenise: {type(error).__name__}: {error}") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as panic:  # tiktoken's PanicException, which `except Exception` misses
+        raise RecordError(place(), f"the tokenizer gave up on this text: {panic}") from panic
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,54 +212,33 @@ class Chunk:
     ids: np.ndarray
     """int32 [tokens]."""
     lengths: np.ndarray
-    """Tokens of each document, int64 [documents]; 0 for a bad record that is left out."""
-    sizes: np.ndarray
-    """Bytes of each document on disk, int64 [documents]."""
+    """Tokens of each document, int64 [documents]; 0 for one that is left out."""
+    bytes: np.ndarray
+    """UTF-8 bytes of each text, int64 [documents]; 0 for one that is left out."""
+    bad: np.ndarray
+    """Which documents are bad records that were left out, bool [documents]."""
+    held_out: np.ndarray
+    """Which documents are left to validation, bool [documents]."""
     bad_records: list[RecordError]
     error: Exception | None
     """What ended the stream behind these documents."""
 
 
 def read_chunk(
-    source: Source,
-    encode_document: Callable[[str], np.ndarray],
-    counter: int,
-    documents: np.ndarray,
-    skip_bad_records: bool,
+    reader: Reader, counter: int, documents: np.ndarray, held_out: np.ndarray, skip_bad_records: bool
 ) -> Chunk:
     """Read and tokenise documents (numbers in the source, int64 [n]) whose counters begin at `counter`.
 
-    Raises nothing but KeyboardInterrupt and SystemExit: an error travels in the chunk, to be raised by who needs the
-    documents behind it.
+    An error travels in the chunk, to be raised by who needs the documents behind it: a bad record too, unless it is
+    to be skipped.
     """
-    ids = [np.empty(0, np.int32)]  # concatenate wants at least one array
-    lengths: list[int] = []
-    sizes = np.empty(0, np.int64)
-    bad_records: list[RecordError] = []
-    error: Exception | None = None
-    try:
-        sizes = source.size(documents)
-        for document in documents.tolist():
-            try:
-                ids.append(_encode(source, encode_document, document))
-                lengths.append(len(ids[-1]))
-            except RecordError as bad:
-                if not skip_bad_records:
-                    raise RecordError(f'{bad}; data.on_bad_record = "skip" would leave it out and count it') from bad
-                bad_records.append(bad)
-                lengths.append(0)
-    except Exception as failure:
-        error = failure
-    return Chunk(counter, np.concatenate(ids), np.array(lengths, np.int64), sizes[: len(lengths)], bad_records, error)
-
-
-def _encode(source: Source, encode_document: Callable[[str], np.ndarray], document: int) -> np.ndarray:
-    text = source.read(document)
-    try:
-        return encode_document(text)
-    except Exception as error:
-        raise RuntimeError(f"{source.locate(document)}: cannot tokenise: {type(error).__name__}: {error}") from error
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as panic:  # tiktoken's PanicException, which `except Exception` misses
-        raise RecordError(f"{source.locate(document)}: the tokenizer gave up on this text: {panic}") from panic
+    read = reader.read(documents, ~held_out)
+    num, error, bad_records = len(read.lengths), read.error, [bad for _, bad in read.bad]
+    if read.bad and not skip_bad_records:
+        num, first = read.bad[0]
+        error = RecordError(first.place, f'{first.reason}; data.on_bad_record = "skip" would leave it out and count it')
+        bad_records = []
+    bad = np.zeros(num, bool)
+    bad[[i for i, _ in read.bad if i < num]] = True
+    ids = read.ids[: int(read.lengths[:num].sum())]
+    return Chunk(counter, ids, read.lengths[:num], read.bytes[:num], bad, held_out[:num], bad_records, error)

@@ -1,0 +1,219 @@
+"""The corpus of a run: its sources, opened, each with the reader that suits it, and the stream that they make.
+
+Owns which reader is taken and why, what the corpus is (manifest), what defines the stream (identity), and what may
+resume in it.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from titanlite.config.sections import DataConfig, SourceConfig, source_configs
+from titanlite.data.best_fit import WINDOW_ROWS, BestFitPacker
+from titanlite.data.cache_writer import write_cache
+from titanlite.data.feed import CHUNK_BYTES, ChunkFeed, SourceRows, StreamSource, Threads
+from titanlite.data.files import shown
+from titanlite.data.mixture import Deck
+from titanlite.data.order import DocumentOrder, HeldOut
+from titanlite.data.packing import Packer, RowPacker
+from titanlite.data.rows import RowStream
+from titanlite.data.source import Source, manifest_changes, open_source
+from titanlite.data.stream import DocumentEncoder, Reader, SourceCursor, StreamedReader
+from titanlite.data.token_cache import CachedReader, open_cache
+from titanlite.log import logger
+
+_MAX_TOKENIZING_SHARE = 0.3  # of the host's cores
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """The sources of a run, by name and in the order of their names: that of the tables does not matter."""
+
+    sources: dict[str, StreamSource]
+    deck: Deck
+    manifest: dict[str, Any]
+    """digest, num_files, num_documents, num_bytes, num_tokens; sources: the same of each, with its files, weight and
+    reader. JSON-able. num_tokens is estimated where a source is streamed."""
+    identity: dict[str, Any]
+    """What defines the stream besides the cursor. JSON-able."""
+
+
+def open_corpus(
+    data: DataConfig, tokenizer: DocumentEncoder, *, seq_len: int, seed: int, tokenizing_share: float = 0.0
+) -> Corpus:
+    """The corpus that `data` names; where a reader needs a token cache, that is written first.
+
+    tokenizing_share: of this host's cores, what tokenising during training would take, as far as known. Raises
+    ValueError, in one line with the fix, for anything that cannot be read or written.
+    """
+    weights = _weights(source_configs(data))
+    deck = Deck(weights, seed)
+    sources: dict[str, StreamSource] = {}
+    manifests: dict[str, dict[str, Any]] = {}
+    for name in weights:
+        config = source_configs(data)[name]
+        source = open_source(name, config, data.cache_dir)
+        reader = _open_reader(source, data, tokenizer, tokenizing_share)
+        sources[name] = _stream_source(source, reader, data, config, seed)
+        manifests[name] = _manifest(source, reader, config)
+        _describe(name, config.paths, manifests[name])
+    identity = {
+        "seq_len": seq_len,
+        "seed": seed,
+        "shuffle_block": data.shuffle_block if data.shuffle else 0,
+        "packing": data.packing,
+        "held_out_fraction": data.held_out_fraction,
+        "tokenizer": tokenizer.fingerprint[:32],
+        "sources": {
+            name: f"{rows} of {deck.num_rows} rows, {manifests[name]['digest']}"
+            for name, rows in zip(sources, deck.counts.tolist(), strict=True)
+        },
+    }
+    return Corpus(sources, deck, _join(manifests), identity)
+
+
+def open_rows(
+    corpus: Corpus,
+    data: DataConfig,
+    *,
+    eos_id: int,
+    num_rows: int,
+    first: int = 0,
+    last: int | None = None,
+    cursor: Mapping[str, Any] | None = None,
+    saved_corpus: Mapping[str, Any] | None = None,
+    threads: Threads | None = None,
+) -> RowStream:
+    """The stream of a corpus in steps of `num_rows` rows, from its start or from a cursor on.
+
+    With `saved_corpus` (the manifest of the cursor's time) a refusal names the files that changed. Raises ValueError,
+    in one line, for the cursor of another stream.
+    """
+    if cursor is not None:
+        _refuse_other_stream(cursor["stream"], corpus, saved_corpus)
+    seq_len, seed = corpus.identity["seq_len"], corpus.identity["seed"]
+    num_ahead = data.num_workers + 1
+    if data.packing == "best_fit":  # the next window, or training would wait for the whole of it at once
+        num_ahead += WINDOW_ROWS * seq_len * 4 // CHUNK_BYTES
+    lanes = []
+    for name, source in corpus.sources.items():
+        start = SourceCursor() if cursor is None else SourceCursor.from_dict(cursor["sources"][name])
+        packer: Packer = (
+            RowPacker(seq_len, start) if data.packing == "split" else BestFitPacker(seq_len, start, eos_id, seed)
+        )
+        feed = ChunkFeed(source, start.document, threads, num_ahead, data.on_bad_record == "skip")
+        lanes.append(SourceRows(source, packer, feed))
+    return RowStream(
+        lanes,
+        corpus.deck,
+        row=0 if cursor is None else cursor["row"],
+        num_rows=num_rows,
+        first=first,
+        last=num_rows if last is None else last,
+        identity=corpus.identity,
+        max_bad_records=data.max_bad_records,
+    )
+
+
+def corpus_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two corpus manifests, in words; empty when they describe the same documents."""
+    changes = [f"source {name} removed" for name in old["sources"] if name not in new["sources"]]
+    changes += [f"source {name} added" for name in new["sources"] if name not in old["sources"]]
+    for name in new["sources"].keys() & old["sources"].keys():
+        changes += manifest_changes(old["sources"][name], new["sources"][name])
+    return changes
+
+
+def _weights(configs: Mapping[str, SourceConfig]) -> dict[str, float]:
+    """Of the sources that deal, in the order of their names."""
+    weights = {name: config.weight for name, config in sorted(configs.items())}
+    if left_out := [name for name, weight in weights.items() if not weight]:
+        logger.info(f"sources of weight 0, left out: {', '.join(left_out)}")
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def _stream_source(source: Source, reader: Reader, data: DataConfig, config: SourceConfig, seed: int) -> StreamSource:
+    num_documents = reader.numbering.num_documents
+    if not num_documents:
+        raise ValueError(f"data source {source.name!r}: {list(config.paths)} holds no record")
+    order = DocumentOrder(num_documents, seed, data.shuffle_block if data.shuffle else 0)
+    held_out = HeldOut(source.name, [file.name for file in source.files], data.held_out_fraction)
+    return StreamSource(source.name, reader, order, held_out, config.max_epochs)
+
+
+def _manifest(source: Source, reader: Reader, config: SourceConfig) -> dict[str, Any]:
+    return source.manifest() | {
+        "num_documents": reader.numbering.num_documents,
+        "num_tokens": reader.num_tokens,
+        "weight": config.weight,
+        "reader": "cached" if isinstance(reader, CachedReader) else "streamed",
+    }
+
+
+def _open_reader(source: Source, data: DataConfig, tokenizer: DocumentEncoder, tokenizing_share: float) -> Reader:
+    if data.reader == "streamed" and not source.random_access:
+        raise ValueError(
+            f'data.reader = "streamed": source {source.name!r} has compressed or otherwise sequential files, whose'
+            ' documents cannot be read in a shuffled order: use "auto" or "cached"'
+        )
+    if data.reader != "streamed":
+        cached = open_cache(source, tokenizer.fingerprint, data.cache_dir)
+        if cached is not None:
+            return cached
+        why = ""
+        if data.reader == "cached":
+            why = 'data.reader = "cached"'
+        elif not source.random_access:
+            why = "its documents have no random access"
+        elif tokenizing_share > _MAX_TOKENIZING_SHARE:
+            why = f"tokenising while training would take about {tokenizing_share:.0%} of the cores"
+        if why:
+            logger.info(f"source {source.name!r}: writing a token cache ({why})")
+            num_processes = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            write_cache(source, tokenizer, data.cache_dir, num_processes, data.on_bad_record == "stop")
+            cached = open_cache(source, tokenizer.fingerprint, data.cache_dir)
+            assert cached is not None, "the cache is not what was just written"
+            return cached
+    return StreamedReader(source, tokenizer.encode_document)
+
+
+def _describe(name: str, paths: Sequence[str], manifest: Mapping[str, Any]) -> None:
+    about = "" if manifest["reader"] == "cached" else "about "
+    logger.info(
+        f"source {name!r} ({', '.join(map(shown, paths)) or 'standard library of this Python'}):"
+        f" {manifest['num_files']:,} files, {manifest['num_documents']:,} documents, {manifest['num_bytes']:,} bytes,"
+        f" {about}{manifest['num_tokens']:,} tokens, {manifest['reader']}"
+    )
+
+
+def _join(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    counts = ("num_files", "num_documents", "num_bytes", "num_tokens")
+    digests = "".join(f"{name} {manifest['digest']}\n" for name, manifest in manifests.items())
+    return {
+        "digest": blake2b(digests.encode(), digest_size=16).hexdigest(),
+        **{key: sum(manifest[key] for manifest in manifests.values()) for key in counts},
+        "sources": manifests,
+    }
+
+
+def _refuse_other_stream(saved: dict[str, Any], corpus: Corpus, saved_corpus: Mapping[str, Any] | None) -> None:
+    names = {
+        "seq_len": "training.seq_len",
+        "seed": "training.seed",
+        "shuffle_block": "data.shuffle_block (0: data.shuffle is off)",
+        "packing": "data.packing",
+        "held_out_fraction": "data.held_out_fraction",
+        "tokenizer": "the tokenizer's fingerprint",
+    }
+    now = corpus.identity
+    differences = [f"{names[key]} was {saved[key]} and is {now[key]}" for key in names if saved[key] != now[key]]
+    for name in sorted(saved["sources"].keys() | now["sources"].keys()):
+        was, is_now = saved["sources"].get(name, "none"), now["sources"].get(name, "none")
+        if was != is_now:
+            differences.append(f"source {name} was {was} and is {is_now}")
+    if saved["sources"] != now["sources"] and saved_corpus:
+        differences += corpus_changes(saved_corpus, corpus.manifest)[:10]
+    if differences:
+        raise ValueError(f"cannot resume in another token stream: {'; '.join(differences)}; restore it or start anew")
