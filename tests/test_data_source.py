@@ -13,36 +13,48 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from titanlite.config.sections import DataConfig
-from titanlite.data.source import RecordError, Source, SourceError, manifest_changes, open_source
+from titanlite.config.sections import SourceConfig
+from titanlite.data import source as source_module
+from titanlite.data.source import RecordError, Source, SourceError, manifest_changes
 
 
 @pytest.fixture
-def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DataConfig]:
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., SourceConfig]:
     """Writes files below the working directory and gives the config that reads `paths` of them."""
     monkeypatch.chdir(tmp_path)
 
-    def write(files: dict[str, bytes | str], *paths: str, **kwargs: str) -> DataConfig:
+    def write(files: dict[str, bytes | str], *paths: str, **kwargs: str) -> SourceConfig:
         for name, content in files.items():
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-        return DataConfig(paths=paths or tuple(files), cache_dir="cache", **kwargs)  # type: ignore[arg-type]
+        return SourceConfig(paths=paths or tuple(files), **kwargs)  # type: ignore[arg-type]
 
     return write
 
 
+def open_source(config: SourceConfig, name: str = "data") -> Source:
+    return source_module.open_source(name, config, "cache")
+
+
+def num_documents(source: Source) -> int:
+    assert source.numbering is not None
+    return source.numbering.num_documents
+
+
 def texts(source: Source) -> list[str]:
-    return [source.read(document) for document in range(source.num_documents)]
+    in_order = [text for file in range(len(source.files)) for text in source.records(file)]
+    assert in_order == [source.read(document) for document in range(num_documents(source))]
+    return in_order  # type: ignore[return-value]
 
 
 def test_built_in_corpus_is_the_standard_library_as_python_reads_it() -> None:
-    source = open_source(DataConfig())
+    source = open_source(SourceConfig())
     names = [file.name for file in source.files]
     assert names == sorted(names)
     assert {"os.py", "json/decoder.py", "this.py"} <= set(names)
     assert not [n for n in names if {"test", "tests", "site-packages", "__pycache__"} & set(n.split("/"))]
-    assert source.num_documents > 300
-    for document in range(0, source.num_documents, 10):
+    assert num_documents(source) > 300
+    for document in range(0, num_documents(source), 10):
         with tokenize.open(source.files[document].path) as file:
             assert source.read(document) == file.read()
 
@@ -58,44 +70,48 @@ def test_built_in_corpus_decodes_declared_encodings_and_newlines(
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "e.py").write_bytes(b"x")
     (tmp_path / "f.txt").write_bytes(b"x")
-    source = open_source(DataConfig())
+    source = open_source(SourceConfig())
     assert [source.read(0), source.read(1)] == ["# coding: latin-1\n# \xe9\n", "x = 1\n"]
     for document, reason in ((2, "not UTF-8"), (3, "unknown encoding: no-such-code")):
         with pytest.raises(RecordError, match=f"{'abcd'[document]}.py: {reason}"):
             source.read(document)
-    assert source.num_documents == 4
+    assert num_documents(source) == 4
 
 
 def test_missing_standard_library_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match=r"data\.paths is empty and this Python has no source files"):
-        open_source(DataConfig())
+        open_source(SourceConfig())
 
 
-def test_files_come_in_the_order_of_the_patterns_and_of_their_names(corpus: Callable[..., DataConfig]) -> None:
+def test_files_come_in_the_order_of_the_patterns_and_of_their_names(corpus: Callable[..., SourceConfig]) -> None:
     files = {"b/2.txt": "b2", "b/1.txt": "b1", "b/c/3.txt": "b3", "b.txt": "b", "a/1.txt": "a1", "b/x.md": "no"}
     source = open_source(corpus(files, "b/**/*.txt", "a/*.txt", "b.txt"))
     assert texts(source) == ["b1", "b2", "b3", "a1", "b"]
     assert [file.name for file in source.files] == ["1.txt", "2.txt", "c/3.txt", "1.txt", "b.txt"]
 
 
-def test_kinds_are_told_by_suffix_file_by_file(corpus: Callable[..., DataConfig]) -> None:
+def test_kinds_are_told_by_suffix_file_by_file(corpus: Callable[..., SourceConfig]) -> None:
     files = {"1.jsonl": '{"text": "one"}\n{"text": "two"}', "2.txt": "three", "3.jsonl": '{"text": "four"}\n'}
     source = open_source(corpus(files, "*.*"))
     assert texts(source) == ["one", "two", "three", "four"]
-    assert [source.locate(d) for d in range(4)] == ["1.jsonl:1", "1.jsonl:2", "2.txt", "3.jsonl:1"]
-    assert source.size(np.array([3, 2, 1, 0])).tolist() == [17, 5, 15, 16]
+    assert source.numbering is not None
+    places = [source.numbering.place(d) for d in range(4)]
+    assert places == list(zip(*(part.tolist() for part in source.numbering.places(np.arange(4))), strict=True))
+    assert [source.locate(*place) for place in places] == ["1.jsonl:1", "1.jsonl:2", "2.txt", "3.jsonl:1"]
+    assert [source.numbering.first(f) for f in range(4)] == [0, 2, 3, 4]
+    assert source.sizes(np.array([3, 2, 1, 0])).tolist() == [17, 5, 15, 16]
     assert source.num_bytes == 53
     assert texts(open_source(corpus(files, "*.*", format="text")))[0] == files["1.jsonl"]
     assert texts(open_source(corpus({"x.txt": '{"text": "five"}'}, "x.txt", format="jsonl"))) == ["five"]
 
 
-def test_text_is_kept_as_it_is(corpus: Callable[..., DataConfig]) -> None:
+def test_text_is_kept_as_it_is(corpus: Callable[..., SourceConfig]) -> None:
     files = {"bom": b"\xef\xbb\xbfa", "crlf": b"a\r\nb\r", "empty": b"", "nul": b"a\0b", "only bom": b"\xef\xbb\xbf"}
     assert texts(open_source(corpus(files))) == ["a", "a\r\nb\r", "", "a\0b", ""]
 
 
-def test_jsonl_tolerates_bom_crlf_other_fields_and_odd_text(corpus: Callable[..., DataConfig]) -> None:
+def test_jsonl_tolerates_bom_crlf_other_fields_and_odd_text(corpus: Callable[..., SourceConfig]) -> None:
     lines = [
         b'\xef\xbb\xbf{"text": "bom"}',
         b'{"id": [{}], "text": "crlf"}\r',
@@ -107,14 +123,14 @@ def test_jsonl_tolerates_bom_crlf_other_fields_and_odd_text(corpus: Callable[...
 
 
 def test_many_jsonl_files_share_few_descriptors(
-    corpus: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+    corpus: Callable[..., SourceConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("titanlite.data.source._OPEN_FILES", 4)
     files = {f"{k:03}.jsonl": f'{{"text": "{k}"}}\n' * (k % 3) for k in range(60)}
     before = len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
     source = open_source(corpus(files, "*.jsonl"))
     assert texts(source) == [str(k) for k in range(60) for _ in range(k % 3)]
-    sizes = source.size(np.arange(source.num_documents))
+    sizes = source.sizes(np.arange(num_documents(source)))
     assert sizes.tolist() == [len(f'{{"text": "{k}"}}\n') for k in range(60) for _ in range(k % 3)]
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/fd")) <= before + 8
@@ -149,18 +165,18 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
 def test_hostile_line_is_an_error_with_its_place_and_leaves_the_others_alone(
-    corpus: Callable[..., DataConfig], name: str, newline: bytes
+    corpus: Callable[..., SourceConfig], name: str, newline: bytes
 ) -> None:
     line, reason = HOSTILE[name]
     source = open_source(corpus({"a.jsonl": GOOD + newline + line + newline + GOOD + newline}))
-    assert source.num_documents == 3
+    assert num_documents(source) == 3
     assert source.read(0) == source.read(2) == "good"
     with pytest.raises(RecordError, match=rf"^a\.jsonl:2: {reason}") as caught:
         source.read(1)
     assert "\n" not in str(caught.value)
 
 
-def test_depth_that_is_too_deep_does_not_depend_on_the_stack(corpus: Callable[..., DataConfig]) -> None:
+def test_depth_that_is_too_deep_does_not_depend_on_the_stack(corpus: Callable[..., SourceConfig]) -> None:
     # Without a stack of its own a reader deep in calls would refuse what another reader takes.
     depth = 500
     nested = '{"text": "good", "x": ' + "[" * depth + "]" * depth + "}"
@@ -172,7 +188,7 @@ def test_depth_that_is_too_deep_does_not_depend_on_the_stack(corpus: Callable[..
     assert deep(sys.getrecursionlimit() - 400) == "good"
 
 
-def test_invalid_text_file_is_a_record_error(corpus: Callable[..., DataConfig]) -> None:
+def test_invalid_text_file_is_a_record_error(corpus: Callable[..., SourceConfig]) -> None:
     source = open_source(corpus({"a.txt": b"ab\xff", "b.txt": b"b"}))
     with pytest.raises(RecordError, match=r"^a\.txt: not UTF-8: invalid start byte at byte 2"):
         source.read(0)
@@ -194,7 +210,7 @@ def changed_files(name: str) -> None:
 @pytest.mark.parametrize("change", ["shorter", "other content", "gone"])
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_files_that_change_during_the_run_are_errors_that_nothing_skips(
-    corpus: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, change: str
+    corpus: Callable[..., SourceConfig], monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     monkeypatch.setattr("titanlite.data.source._OPEN_FILES", 0)  # else an open file outlives its name, which is fine
     source = open_source(corpus({"a.jsonl": b'{"text": "good one"}\n' * 3, "b.txt": "text"}))
@@ -219,7 +235,7 @@ MISTAKES: dict[str, tuple[dict[str, bytes], tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named_in_one_line_at_the_start(corpus: Callable[..., DataConfig], mistake: str) -> None:
+def test_mistakes_are_named_in_one_line_at_the_start(corpus: Callable[..., SourceConfig], mistake: str) -> None:
     files, paths, message = MISTAKES[mistake]
     os.symlink("nowhere", "link")
     os.mkfifo("pipe")
@@ -229,14 +245,14 @@ def test_mistakes_are_named_in_one_line_at_the_start(corpus: Callable[..., DataC
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file that cannot be read by root either")
-def test_unreadable_file_is_named_at_the_start(corpus: Callable[..., DataConfig]) -> None:
+def test_unreadable_file_is_named_at_the_start(corpus: Callable[..., SourceConfig]) -> None:
     with pytest.raises(ValueError, match=r"data\.paths: cannot read /proc/self/mem \(Input/output error\)"):
         open_source(corpus({}, "/proc/self/mem"))
 
 
 @pytest.mark.parametrize("pattern", ["d/**/*.txt", "d/**", "d/*/*.txt"])
 def test_unreadable_folder_is_not_passed_over(
-    corpus: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch, pattern: str
+    corpus: Callable[..., SourceConfig], monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
     config = corpus({"d/a.txt": "a", "d/secret/b.txt": "b"}, pattern)
     monkeypatch.setattr(os, "access", lambda path, mode: "secret" not in path)  # chmod would not stop root
@@ -244,7 +260,9 @@ def test_unreadable_folder_is_not_passed_over(
         open_source(config)
 
 
-def test_what_a_pattern_leaves_out_is_said(corpus: Callable[..., DataConfig], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_pattern_leaves_out_is_said(
+    corpus: Callable[..., SourceConfig], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="titanlite")
     config = corpus({"d/a.txt": "a", "d/e/b.txt": "b"}, "d/**", "d/z", "pipe*")
     os.symlink("nowhere", "d/dangling")
@@ -262,7 +280,7 @@ def test_what_a_pattern_leaves_out_is_said(corpus: Callable[..., DataConfig], ca
     assert "3 files, 3 documents, 3 bytes" in caplog.text
 
 
-def test_names_that_look_like_patterns_are_names(corpus: Callable[..., DataConfig]) -> None:
+def test_names_that_look_like_patterns_are_names(corpus: Callable[..., SourceConfig]) -> None:
     files = {"a[1].txt": "bracket", "a1.txt": "one", "*?.txt": "star", "new\nline \udcff": "odd"}
     source = open_source(corpus(files))
     assert texts(source) == ["bracket", "one", "star", "odd"]
@@ -270,7 +288,7 @@ def test_names_that_look_like_patterns_are_names(corpus: Callable[..., DataConfi
 
 
 def test_manifest_stays_with_the_content_and_names_what_changed(
-    corpus: Callable[..., DataConfig], tmp_path: Path
+    corpus: Callable[..., SourceConfig], tmp_path: Path
 ) -> None:
     files = {"d/a.txt": "a", "d/b.jsonl": b'{"text": "b"}\n' * 2, "d/c.txt": "c"}
     before = open_source(corpus(files, "d/*")).manifest()
@@ -278,7 +296,7 @@ def test_manifest_stays_with_the_content_and_names_what_changed(
     assert [before[k] for k in ("num_files", "num_documents", "num_bytes")] == [3, 4, 30]
     shutil.copytree("d", "elsewhere/d")
     os.utime("elsewhere/d/a.txt", (1, 1))
-    copy = open_source(DataConfig(paths=(f"{tmp_path}/elsewhere/d/*",), cache_dir="cache")).manifest()
+    copy = open_source(SourceConfig(paths=(f"{tmp_path}/elsewhere/d/*",))).manifest()
     assert copy == before
     assert manifest_changes(before, copy) == []
     Path("d/a.txt").write_bytes(b"A")
@@ -288,7 +306,7 @@ def test_manifest_stays_with_the_content_and_names_what_changed(
 
 
 def test_manifest_of_the_same_files_in_another_order_or_by_another_field_differs(
-    corpus: Callable[..., DataConfig],
+    corpus: Callable[..., SourceConfig],
 ) -> None:
     files = {"a.jsonl": '{"text": "a", "b": "b"}', "b.txt": "b"}
     manifest = open_source(corpus(files)).manifest()
@@ -298,7 +316,7 @@ def test_manifest_of_the_same_files_in_another_order_or_by_another_field_differs
 
 
 def test_manifest_of_very_many_files_lists_none(
-    corpus: Callable[..., DataConfig], monkeypatch: pytest.MonkeyPatch
+    corpus: Callable[..., SourceConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("titanlite.data.source._MANIFEST_FILES", 1)
     manifest = open_source(corpus({"a": "a", "b": "b"})).manifest()

@@ -110,6 +110,7 @@ def stream_lines(file: SourceFile) -> Iterator[bytes]:
     ):
         try:
             while lines.peek(1):
+                opened.check()
                 yield lines.readline()  # held by nobody here: it may be large
         except Exception as error:
             if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):

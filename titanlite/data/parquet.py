@@ -61,15 +61,17 @@ class Parquet(OpenFile):
         self._decoding = threading.Lock()  # pyarrow's reader of a file is for one thread at a time
         pyarrow = required_module("pyarrow", file, "titanlite[parquet]")
         self._errors = (OSError, pyarrow.ArrowException, ValueError)
-        stored = open(self.descriptor, "rb", closefd=False)  # noqa: SIM115  the descriptor is closed by OpenFile
+        parquet_file = required_module("pyarrow.parquet", file, "titanlite[parquet]").ParquetFile
+        stored = open(self.descriptor, "rb", closefd=False)  # noqa: SIM115  OpenFile closes the descriptor
         try:
-            self._file = required_module("pyarrow.parquet", file, "titanlite[parquet]").ParquetFile(
-                stored, read_dictionary=[text_field], page_checksum_verification=True
-            )
-            schema = self._file.schema_arrow
+            plain = parquet_file(stored)
+            schema = plain.schema_arrow
         except self._errors as error:
             raise OSError(f"not a parquet file, or a damaged one: {_line(error)}") from error
         _check_column(schema, pyarrow.types, file, text_field)
+        self._file = parquet_file(
+            stored, metadata=plain.metadata, read_dictionary=[text_field], page_checksum_verification=True
+        )
         groups = [self._file.metadata.row_group(g) for g in range(self._file.num_row_groups)]
         leaf = next(i for i in range(len(self._file.schema)) if self._file.schema.column(i).path == text_field)
         rows = np.array([group.num_rows for group in groups], np.int64)
