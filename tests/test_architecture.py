@@ -28,7 +28,8 @@ ROOMS: dict[str, set[str]] = {
     "data": {"config", "log", "tokenizer"},
     "parallel": {"config", "log", "model"},
 }
-ASSEMBLY = ["trainer", "report", "job"]  # each may import all rooms and the ones before it
+# Each may import all rooms and the ones before it.
+ASSEMBLY = ["trainer", "report", "job", "isolation", "layouts", "launch", "recording", "comparison"]
 for i, name in enumerate(ASSEMBLY):
     ROOMS[name] = {*ROOMS, *ASSEMBLY[:i]} - {name}
 

@@ -1,5 +1,6 @@
 """Assembles the rooms into a trainer and makes one step. The loop, logging and process life are the verbs' business."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -82,6 +83,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.parameter_device = next(self.model.parameters()).device
         self.guard = NonFiniteGuard(mesh.device, sticky=config.training.on_nonfinite == "stop")
+        self.on_gradients: Callable[[], None] = lambda: None
+        """Called in each step when its gradients are whole and not yet clipped, for those who watch them."""
 
     def train_step(self, rows: Tensor, num_targets: int) -> StepResult:
         """One optimiser step over the global batch. Collective; no device sync.
@@ -117,6 +120,7 @@ class Trainer:
 
     def _update(self, loss: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """Clip and update, unless the loss or the gradient is not finite. Returns the global loss and gradient norm."""
+        self.on_gradients()
         square_sum = local_square_sum(p.grad for p in self.model.parameters() if p.grad is not None)
         # Every rank weighed its targets by dp_degree, and tp peers hold the same loss.
         totals = torch.stack([square_sum.to(loss), loss / dist.get_world_size()])
