@@ -1,0 +1,305 @@
+"""`verify isolation` passes where documents are isolated, and names what leaks where the rule is broken on purpose."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.byte_tokenizer import ByteTokenizer
+from tests.documents import EOS, tokens_of
+from tests.tiny_run import write_config
+from titanlite.config import Config, load_config
+from titanlite.data.loader import Batch, Loader, build_loader
+from titanlite.isolation import results
+from titanlite.isolation.compare import Comparison, build_model, compare
+from titanlite.isolation.paths import Document, choose_documents, noisy
+from titanlite.isolation.results import measure
+from titanlite.model import document_starts, llama, realise
+from titanlite.parallel.mesh import build_mesh
+from titanlite.tokenizer import Tokenizer
+from titanlite.trainer import Trainer
+from titanlite.verify import main
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("isolation"), training__local_batch_size=4)
+
+
+def found(config: Path, *overrides: str, device: torch.device = CPU) -> dict[str, Comparison]:
+    loaded = load_config(["--job.config_file", str(config), *overrides])
+    return {f"{c.backend}{'+' * c.compiled}": c for _, c in compare(loaded, device)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_every_backend_of_the_cpu_passes(config: Path, dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["--training.dtype=float64"] * (dtype == "float64") + [f"--training.mixed_precision_param={dtype}"]
+    assert main(["isolation", "--job.config_file", str(config), *overrides]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"training: step \d+, 4 rows of 64 tokens", lines[0])
+    named = [line for line in lines if line.startswith("  row ")]
+    assert len(named) == 6
+    assert sum("document 1 of" in line for line in named) == 2
+    assert any("gone on from an earlier row" in line for line in named)
+    for backend in ("sdpa", "dense"):
+        row = next(line for line in lines if line.split()[:3] == ["training", backend, dtype])
+        assert row.split()[3] == "6"
+        assert row.endswith("same       same    same    same")
+    assert any("flex" in line and "not run: flex takes multiples of 128" in line for line in lines)
+    assert lines[-1] == "isolated: no bit differs"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("variant", ["tie_embeddings", "attention_bias", "mlp_bias"])
+def test_every_kind_of_model_passes(config: Path, variant: str) -> None:
+    compared = found(config, f"--model.{variant}=true", "--activation_checkpoint.mode=selective")
+    for backend in ("sdpa", "dense"):
+        assert compared[backend].identical == dict.fromkeys(("positions", "logits", "loss", "gradients"), True)
+
+
+# What breaks the rule: (where, what, how), and which results show it.
+
+
+def one_boundary_not_masked(right: Callable) -> Callable:
+    """The first boundary of each row, as the mask has it; positions and labels are right."""
+
+    def build_documents(tokens: Tensor, eos_id: int, backend: str) -> Any:
+        starts = document_starts(tokens, eos_id)
+        second = torch.where(starts == 0, starts.shape[1], starts).min(1, keepdim=True).values
+        wrong = realise(torch.where(starts == second, 0, starts), backend)
+        return replace(wrong, positions=right(tokens, eos_id, backend).positions)
+
+    return build_documents
+
+
+def positions_run_on(right: Callable) -> Callable:
+    def build_documents(tokens: Tensor, eos_id: int, backend: str) -> Any:
+        index = torch.arange(tokens.shape[1]).expand_as(tokens)
+        return replace(right(tokens, eos_id, backend), positions=index)
+
+    return build_documents
+
+
+def angles_run_on(right: Callable) -> Callable:
+    return lambda positions, *rest: right(torch.arange(positions.shape[1]).expand_as(positions), *rest)
+
+
+def a_label_crosses(right: Callable) -> Callable:
+    return lambda rows, eos_id: rows[:, 1:]
+
+
+def rows_see_each_other(right: Callable) -> Callable:
+    def attend(*arguments: Any) -> Tensor:
+        out = right(*arguments)
+        return out + 1e-6 * out.roll(1, 0)
+
+    return attend
+
+
+def only_the_backward_leaks(right: Callable) -> Callable:
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Any) -> Tensor:
+        total = 1e-6 * v.sum()
+        return right(q, k, v, documents) + (total - total.detach())
+
+    return attend
+
+
+def only_the_last_norm_leaks(right: Callable) -> Callable:
+    """Statistics over the row, as a batch norm has them."""
+    return lambda self, x: right(self, x) * (1 + 1e-6 * x.square().mean())
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "dense"])
+@pytest.mark.parametrize(
+    ("where", "name", "plant", "kinds", "told"),
+    [
+        (results, "build_documents", one_boundary_not_masked, {"logits", "loss", "gradients"}, "logits differs by"),
+        (results, "build_documents", positions_run_on, {"positions"}, "rotary angles in layers.0 differs by up to"),
+        (llama, "rope_cos_sin", angles_run_on, {"positions"}, "rotary angles in layers.0 differs by up to"),
+        (results, "labels", a_label_crosses, {"loss", "gradients"}, "sum of the loss terms differs by up to"),
+        (llama, "attend", rows_see_each_other, {"logits", "loss", "gradients"}, "logits differs by up to"),
+        (llama, "attend", only_the_backward_leaks, {"gradients"}, "gradient of the embedded tokens of other documents"),
+        (torch.nn.RMSNorm, "forward", only_the_last_norm_leaks, {"logits", "loss", "gradients"}, "logits differs by"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) and not isinstance(value, type) else "",
+)
+def test_what_leaks_is_named(
+    config: Path,
+    backend: str,
+    where: Any,
+    name: str,
+    plant: Callable,
+    kinds: set[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(where, name, plant(getattr(where, name)))
+    comparison = found(config, "--training.dtype=float64")[backend]
+    assert {kind for kind, same in comparison.identical.items() if not same} == kinds
+    assert told in comparison.difference
+    assert comparison.difference.startswith("row ")
+    assert "deterministic" not in comparison.difference
+
+
+def test_the_verb_fails_and_names_the_first_difference(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(results, "build_documents", one_boundary_not_masked(results.build_documents))
+    assert main(["isolation", "--job.config_file", str(config)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if line.startswith("NOT ISOLATED: training, ")]
+    assert [line.split(", ")[1].split(":")[0] for line in told] == ["sdpa", "dense"]
+    assert all(" differs by up to " in line for line in told)
+    assert sum("DIFFER" in line for line in lines) == 2
+    assert "isolated: no bit differs" not in lines
+
+
+def test_chance_in_a_kernel_is_told_from_a_leak(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = llama.attend
+    monkeypatch.setattr(llama, "attend", lambda q, *rest: attend(q, *rest) + 1e-6 * torch.randn_like(q))
+    assert "so do the same rows twice: a kernel is not deterministic here" in found(config)["sdpa"].difference
+
+
+def test_results_that_are_not_finite_prove_nothing(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "attend", lambda q, *_: torch.full_like(q, float("nan")))
+    assert "logits is not finite" in found(config)["sdpa"].difference
+
+
+def test_a_packer_that_disagrees_with_the_rule_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Loader.__next__
+
+    def moved(self: Loader) -> Batch:
+        batch = right(self)
+        return replace(batch, starts=[np.array([0, 63]), *batch.starts[1:]])
+
+    monkeypatch.setattr(Loader, "__next__", moved)
+    with pytest.raises(ValueError, match="row 0 of the first batch: .* only by the"):
+        found(config)
+
+
+def test_nothing_to_isolate_is_no_proof(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "long.txt").write_text(400_000 * "word ")
+    config = write_config(tmp_path, paths=str(tmp_path / "long.txt"), training__seq_len=16)
+    assert main(["isolation", "--job.config_file", str(config)]) == 1
+    assert "rows holds two documents, so there is nothing to isolate: raise training.seq_len" in capsys.readouterr().err
+
+
+def test_first_middle_and_last_document_of_the_fullest_rows_are_chosen() -> None:
+    rows = tokens_of([[40], [3, 5, 1, 1, 6, 4, 20], [20, 20], [4, 4, 4, 4, 4, 19, 1]], 40)
+    chosen = [(d.row, d.begin, d.end) for d in choose_documents(rows, ByteTokenizerOf(EOS))]
+    # Row 1 has five of more than one input: 3, 5, 6, 4, 20; row 3 has six; the other two fewer.
+    assert chosen == [(3, 0, 4), (3, 12, 16), (3, 20, 39), (1, 0, 3), (1, 10, 16), (1, 20, 40)]
+
+
+class ByteTokenizerOf(ByteTokenizer):
+    """With another eos."""
+
+    def __init__(self, eos_id: int) -> None:
+        super().__init__(bos=False)
+        self.eos_id = eos_id
+
+
+def test_a_document_that_begins_with_the_last_target_is_another_one() -> None:
+    rows = tokens_of([[30, 10]], 40)
+    rows = torch.cat([rows, torch.tensor([[7]])], 1)
+    documents = choose_documents(rows, ByteTokenizerOf(EOS))
+    assert [(d.begin, d.end) for d in documents] == [(0, 30), (30, 40)]
+    assert noisy(rows, documents[1], EOS, 50)[0, 40] != 7
+
+
+def test_noise_replaces_all_but_the_document_and_the_boundaries() -> None:
+    rows = tokens_of([[40, 30, 57], [1, 1, 125]], 128)
+    for vocab_size in (9, 300):
+        for seed in range(30):
+            document = Document(0, 40, 70 + seed, "")
+            noise = noisy(rows, document, EOS, vocab_size)
+            inside = torch.zeros_like(rows, dtype=torch.bool)
+            inside[0, 40 : 70 + seed] = True
+            assert torch.equal(noise[inside], rows[inside])
+            assert torch.equal(noise == EOS, rows == EOS)
+            assert ((noise == rows) == (inside | (rows == EOS))).all()
+            assert noise.min() >= 0
+            assert noise.max() < vocab_size
+            assert len(noise[~inside].unique()) > 5
+
+
+def test_the_parts_add_up_to_what_the_trainer_trains(config: Path) -> None:
+    """Of all documents of a step together: the loss, and the norm of the gradient, which both halves of it enter."""
+    loaded = load_config(
+        ["--job.config_file", str(config), "--training.dtype=float64", "--training.local_batch_size=8"]
+    )
+    tokenizer = Tokenizer.load(loaded.tokenizer.path)
+    rows = next(_loader(loaded, tokenizer)).rows
+    model = build_model(loaded, CPU, compiled=False)
+    num_targets = int((results.labels(rows, tokenizer.eos_id) >= 0).sum())
+    loss, gradients = torch.zeros((), dtype=torch.float64), dict[str, Tensor]()
+    for number, row in enumerate(rows[:, :-1].tolist()):
+        begins = [0, *(i + 1 for i, token in enumerate(row) if token == tokenizer.eos_id and i + 1 < len(row))]
+        for begin, end in zip(begins, [*begins[1:], len(row) + 1], strict=True):
+            part = measure(model, Document(number, begin, end, ""), tokenizer.eos_id, "sdpa", num_targets, False, rows)
+            loss += part["loss"]["sum of the loss terms"]
+            embedded = part["gradients"].pop("gradient of its embedded tokens")
+            ids = rows[number, begin : begin + len(embedded)]
+            part["gradients"]["tok_embeddings"] = torch.zeros(260, 32, dtype=torch.float64).index_add(0, ids, embedded)
+            assert not part["gradients"].pop("gradient of the embedded tokens of other documents").any()
+            gradients = {name: gradients.get(name, 0) + gradient for name, gradient in part["gradients"].items()}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        trainer = Trainer(loaded, build_mesh("cpu", 1, 1, 1), tokenizer.eos_id)
+        for name, parameter in trainer.model.named_parameters():
+            assert torch.equal(parameter.full_tensor(), model.get_parameter(name)), name
+        step = trainer.train_step(rows, num_targets)
+    finally:
+        dist.destroy_process_group()
+    norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
+    assert len(gradients) == len(list(model.parameters()))
+    torch.testing.assert_close(loss, step.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(norm, step.grad_norm, rtol=1e-12, atol=0)
+
+
+def _loader(config: Config, tokenizer: Tokenizer) -> Any:
+    training = config.training
+    options = {"seq_len": training.seq_len, "global_batch_size": training.global_batch_size, "seed": training.seed}
+    return build_loader(config.data, tokenizer, dp_rank=0, dp_degree=1, **options)
+
+
+@pytest.mark.slow
+def test_flex_forward_on_the_cpu_and_compiled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path, model__dim=64, training__seq_len=128, compile__enable=True)
+    compared = found(config)
+    assert sorted(compared) == ["dense", "dense+", "flex", "flex+", "sdpa", "sdpa+"]
+    for backend, comparison in compared.items():
+        kinds = ("positions", "logits", "loss", *(() if backend.startswith("flex") else ("gradients",)))
+        assert comparison.identical == dict.fromkeys(kinds, True), backend
+    monkeypatch.setattr(results, "build_documents", one_boundary_not_masked(results.build_documents))
+    for backend, comparison in found(config).items():
+        assert "logits differs by up to" in comparison.difference, backend
+
+
+@pytest.mark.gpu
+def test_backends_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path, model__dim=64, training__seq_len=256)
+    cuda = torch.device("cuda")
+    for overrides in ((), ("--training.mixed_precision_param=float32",)):
+        compared = found(config, *overrides, device=cuda)
+        assert compared["sdpa"].not_run
+        for backend in ("flex", "dense"):
+            assert compared[backend].identical == dict.fromkeys(("positions", "logits", "loss", "gradients"), True)
+    monkeypatch.setattr(results, "build_documents", one_boundary_not_masked(results.build_documents))
+    assert "logits differs by up to" in found(config, device=cuda)["flex"].difference
+
+
+def test_a_model_too_small_for_the_tokenizer_is_a_mistake_told_in_one_line(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["isolation", "--job.config_file", str(config), "--model.vocab_size=100"]) == 1
+    assert "model.vocab_size = 100 is less than the 258 ids of the tokenizer" in capsys.readouterr().err

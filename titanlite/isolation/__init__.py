@@ -1,0 +1,1 @@
+"""The proof of document isolation that `python -m titanlite.verify isolation` runs."""

@@ -1,0 +1,118 @@
+"""What training computes of one document, what of it must stay when all else becomes noise, and the comparison.
+
+Bits are compared and there is no tolerance. That is sound: under deterministic algorithms no kernel here lets values
+decide the order of its work, lengths are kept, and what a mask leaves out counts as an exact zero. The one exception is
+the gradient of the embedding's weight: see `_observed`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from titanlite.isolation.paths import Document
+from titanlite.loss import cross_entropy_sum
+from titanlite.model import IGNORE_INDEX, Llama, build_documents, labels
+from titanlite.model.rope import rope_cos_sin
+
+Results = dict[str, dict[str, Tensor]]
+"""Tensors by kind (positions, logits, loss, gradients) and name."""
+
+
+def measure(
+    model: Llama, document: Document, eos_id: int, backend: str, divisor: int, forward_only: bool, rows: Tensor
+) -> Results:
+    """What training computes of one document: the rotary angles that each block gets, its logits, the sum of its loss
+    terms over `divisor`, and the gradients of that sum: of the embedded tokens of all rows, and of every parameter."""
+    tokens = rows[:, :-1]
+    place = document.row, slice(document.begin, min(document.end, tokens.shape[1]))
+    targets = labels(rows, eos_id)
+    own_targets = torch.full_like(targets, IGNORE_INDEX)
+    own_targets[place] = targets[place]
+    with torch.set_grad_enabled(not forward_only), _observed(model) as (embedded, angles):
+        hidden = model(tokens, build_documents(tokens, eos_id, backend))
+        loss = cross_entropy_sum(hidden, model.output, own_targets) / divisor
+        logits = model.output(hidden[document.row].detach())[place[1]]
+    results: Results = {
+        "positions": {f"rotary angles in {name}": angle[place] for name, angle in angles.items()},
+        "logits": {"logits": logits.detach()},
+        "loss": {"sum of the loss terms": loss.detach()},
+    }
+    if not forward_only:
+        named = {"": embedded[0], **dict(model.named_parameters())}
+        gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
+        others = gradients.pop("")
+        assert others is not None
+        own = others[place].clone()
+        others[place] = 0
+        results["gradients"] = {_OTHERS: others, "gradient of its embedded tokens": own}
+        results["gradients"] |= {f"gradient of {name}": g for name, g in gradients.items() if g is not None}
+    return results
+
+
+_OTHERS = "gradient of the embedded tokens of other documents"
+
+
+def demanded(results: Results, model: Llama) -> Results:
+    """What must come out with noise: the same results, with the angles of a document that stands alone, and with no
+    trace of its loss in the gradients of other documents."""
+    weight, angles = model.output.weight, results["positions"]
+    positions = torch.arange(len(results["logits"]["logits"]), device=weight.device).unsqueeze(0)
+    alone = torch.cat(rope_cos_sin(positions, model.config, torch.promote_types(weight.dtype, torch.float32)), -1)[0]
+    wanted = {**results, "positions": dict.fromkeys(angles, alone)}
+    if "gradients" in results:
+        wanted["gradients"] = {**results["gradients"], _OTHERS: torch.zeros_like(results["gradients"][_OTHERS])}
+    return wanted
+
+
+def differences(expected: Results, actual: Results) -> dict[str, str]:
+    """By kind the first tensor that differs in a bit or is not finite, or nothing."""
+    found = {}
+    for kind, tensors in expected.items():
+        assert tensors.keys() == actual[kind].keys()
+        found[kind] = ""
+        for name, tensor in tensors.items():
+            other = actual[kind][name]
+            if not torch.equal(_bits(tensor), _bits(other)):
+                size = (tensor.double() - other.double()).abs().max().item()
+                found[kind] = f"{name} differs by up to {size:.3g}"
+            elif not tensor.isfinite().all():
+                found[kind] = f"{name} is not finite"
+            if found[kind]:
+                break
+    return found
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+@contextmanager
+def _observed(model: Llama) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
+    """Catch the embedded tokens, made a leaf with a gradient of its own, and the angles [B, S, head_dim] of each block.
+
+    The gradient of the embedding's weight is the sum of its tokens' gradients, and a CUDA kernel groups the terms by
+    how often an id occurs in the whole batch: other documents change its rounding, rightly. So its terms are compared
+    instead, and of a tied matrix what it gets as the head.
+    """
+    embedded: list[Tensor] = []
+    angles: dict[str, Tensor] = {}
+
+    def keep_embedded(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_(torch.is_grad_enabled()))
+        return embedded[0]
+
+    def keep_angles(name: str) -> Callable[[nn.Module, tuple], None]:
+        def keep(module: nn.Module, inputs: tuple) -> None:
+            angles[name] = torch.cat(inputs[1:3], -1)  # cosines and sines
+
+        return keep
+
+    hooks = [model.tok_embeddings.register_forward_hook(keep_embedded)]
+    hooks += [layer.register_forward_pre_hook(keep_angles(f"layers.{name}")) for name, layer in model.layers.items()]
+    try:
+        yield embedded, angles
+    finally:
+        for hook in hooks:
+            hook.remove()

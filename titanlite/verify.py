@@ -1,0 +1,126 @@
+"""Show that a promise holds: python -m titanlite.verify checkpoint DIR
+python -m titanlite.verify isolation --job.config_file FILE [--section.key VALUE ...]
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from titanlite.config import load_config
+
+USAGE = """\
+usage: python -m titanlite.verify checkpoint DIR
+       python -m titanlite.verify isolation --job.config_file FILE [--section.key VALUE ...]
+
+checkpoint   Read every byte and every tensor of the checkpoints in DIR (a step's folder, a folder of checkpoints or a
+             run's folder) and name each file that is damaged, missing or unknown. Needs no GPU, no model and no run.
+isolation    On the data and the model of a run, replace every document but one by noise and show that no bit of that
+             one's positions, logits, loss terms and gradients changes, on every path that prepares batches and with
+             every attention backend that can run here. Takes the options of titanlite.train.
+
+Exit code: 0 if all is well, 1 if not, with the first thing wrong named.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 all is well, 1 not, or a mistake told in one line."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if command in ("--help", "-h") or (command == "checkpoint" and set(rest) & {"--help", "-h"}):
+        print(USAGE, end="")
+        return 0
+    commands: dict[str, Callable[[list[str]], bool]] = {"checkpoint": checkpoint, "isolation": isolation}
+    try:
+        if command not in commands:
+            raise ValueError(f"{command!r} is nothing to verify: name one of {', '.join(commands)}, or --help")
+        return 0 if commands[command](rest) else 1
+    except (ValueError, OSError) as error:
+        print(f"titanlite: {error}", file=sys.stderr)
+        return 1
+
+
+def checkpoint(argv: list[str]) -> bool:
+    """Check every checkpoint in the folder that `argv` names, oldest first; true if none has a fault."""
+    if len(argv) != 1:
+        raise ValueError(f"verify checkpoint takes one folder, not {len(argv)} arguments")
+    folder = argv[0]
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: no such folder")
+    # From here on torch is imported, which takes seconds: a mistake in the command line should not.
+    from tqdm import tqdm
+
+    from titanlite.checkpoint import audit_checkpoint, list_steps
+
+    steps = list_steps(folder) or list_steps(os.path.join(folder, "checkpoint"))
+    paths = list(steps.values()) or [folder]
+    num_bad = 0
+    for path in paths:
+        with tqdm(total=2 * _size(path), desc=path, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+            audit = audit_checkpoint(path, bar.update)
+        print(path)
+        if audit.manifest:
+            for name, value in _describe(audit.manifest).items():
+                print(f"  {name:<8} {value}")
+            size = f"{audit.num_bytes / 1e6:,.1f} MB"
+            print(f"  {'holds':<8} {audit.num_tensors:,} tensors in {len(audit.manifest['files']):,} files, {size}")
+        for problem in audit.problems:
+            print(f"  {'WRONG':<8} {problem}")
+        if not audit.problems:
+            print(f"  {'right':<8} every file has its size and checksum, every tensor was read, nothing else is here")
+        num_bad += bool(audit.problems)
+    print(f"{len(paths)} checkpoints: " + (f"{num_bad} DAMAGED" if num_bad else "all right"))
+    return num_bad == 0
+
+
+def _size(path: str) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+
+
+def _describe(manifest: dict[str, Any]) -> dict[str, str]:
+    """What a checkpoint is of, as far as its manifest tells."""
+    meta = manifest["meta"]
+    job = meta.get("config", {}).get("job", {})
+    targets = f", {meta['trained_targets']:,} target tokens trained" if "trained_targets" in meta else ""
+    return {
+        "run": " ".join(filter(None, (job.get("dump_folder", "unknown"), job.get("description")))),
+        "step": f"{manifest['step']:,}{targets}",
+        "saved": f"{manifest.get('created')} on {meta.get('layout', 'an unknown layout')}",
+        "by": f"format {manifest['format_version']}, torch {manifest.get('torch')}, python {manifest.get('python')}",
+    }
+
+
+def isolation(argv: list[str]) -> bool:
+    """Compare on every path and backend that can run here; true if no bit differs."""
+    if set(argv) & {"--help", "-h"}:
+        print(USAGE)
+    config = load_config(argv)
+    import torch
+
+    from titanlite.isolation.compare import compare
+    from titanlite.log import init_logging
+
+    init_logging()
+    table = "{:<10} {:<15} {:<9} {:>9} {:>7} {:>9}  {:<9}  {:<6}  {:<6}  {:<9}"
+    kinds = ("positions", "logits", "loss", "gradients")
+    faults, last = [], None
+    for batch, found in compare(config, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        if batch is not last:
+            print(f"{found.path}: {batch.origin}, {len(batch.rows)} rows of {batch.rows.shape[1] - 1:,} tokens")
+            print(*(f"  {document.name}" for document in batch.documents), sep="\n")
+            print(table.format("path", "backend", "dtype", "documents", "tokens", "replaced", *kinds))
+            last = batch
+        backend, dtype = found.backend + ", compiled" * found.compiled, str(found.dtype).removeprefix("torch.")
+        if found.not_run:
+            print(f"{found.path:<10} {backend:<15} {dtype:<9} not run: {found.not_run}", flush=True)
+            continue
+        counts = (f"{n:,}" for n in (found.num_documents, found.num_tokens, found.num_replaced))
+        verdicts = ({True: "same", False: "DIFFER", None: "-"}[found.identical.get(kind)] for kind in kinds)
+        print(table.format(found.path, backend, dtype, *counts, *verdicts).rstrip(), flush=True)
+        if found.difference:
+            faults.append(f"NOT ISOLATED: {found.path}, {backend}: {found.difference}")
+    print("\n".join(faults) or "isolated: no bit differs")
+    return not faults
+
+
+if __name__ == "__main__":
+    sys.exit(main())
