@@ -53,6 +53,7 @@ class _Encoding(threading.local):
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int], file: Path) -> None:
+        self._arguments = ranks, pattern, special_tokens, file
         try:
             self.tiktoken = tiktoken.Encoding(
                 "titanlite", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
@@ -61,6 +62,9 @@ class _Encoding(threading.local):
             reason = " ".join(str(error).split())
             problem = f"tiktoken refuses split_pattern {pattern!r}: {reason}"
             raise _mistake(file, f"{problem}; correct it, or leave it out for Llama 3's") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Encoding, self._arguments  # a process that writes a token cache gets a copy
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,364 @@
+"""Writing the token cache: by many processes and jobs at once, killed at any moment, on full disks, from bad data."""
+
+import errno
+import fcntl
+import logging
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from tests.byte_tokenizer import ByteTokenizer
+from tests.make_tokenizers import SHIPPED
+from tests.token_caches import (
+    NUM_DOCUMENTS,
+    NUM_SHARDS,
+    Broken,
+    Watched,
+    cached,
+    everything,
+    leftovers,
+    notes_of,
+    shard_files,
+    small_shards,
+    source_of,
+    whole,
+    write,
+    write_corpus,
+)
+from titanlite.data import cache_progress, cache_writer, shard_writer
+from titanlite.data.cache_writer import write_cache
+from titanlite.data.shards import plan_shards
+from titanlite.data.source import SourceError
+from titanlite.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_corpus(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="titanlite")
+    return caplog
+
+
+def wait_until(condition, seconds: float = 60.0) -> bool:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_processes_without_torch_share_the_shards_and_write_the_same_bytes(corpus: Path) -> None:
+    write(corpus, ByteTokenizer(), 0)
+    alone = {path.name: path.read_bytes() for path in shard_files(corpus)}
+    shutil.rmtree(corpus / "cache")
+    write(corpus, Watched(corpus / "notes", 0.004), 3)
+    assert {path.name: path.read_bytes() for path in shard_files(corpus)} == alone
+    assert len(alone) == NUM_SHARDS
+    assert leftovers(corpus) == []
+    own = [note for note in notes_of(corpus / "notes") if note[0] != str(os.getpid())]
+    assert len(own) == NUM_DOCUMENTS  # none was tokenised twice
+    assert len({pid for pid, _, _ in own}) > 1
+    assert {has_torch for _, has_torch, _ in own} == {"False"}
+    assert whole(corpus)
+
+
+def test_a_job_that_waits_says_so_and_takes_over_from_the_dead(corpus: Path, log: pytest.LogCaptureFixture) -> None:
+    with small_shards(1400):
+        source = source_of(corpus, "a.jsonl")
+        name = plan_shards(source, ByteTokenizer().fingerprint)[3].name
+        with (corpus / "cache" / f"{name}.lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            job = threading.Thread(target=write_cache, args=(source, ByteTokenizer(), str(corpus / "cache"), 0, True))
+            job.start()
+            assert wait_until(lambda: "waiting for another process" in log.text)
+            assert len(shard_files(corpus)) == NUM_SHARDS - 1  # all but that one
+        job.join(30)
+    assert [line for line in log.messages if line.startswith("waiting") and f"{name}.lock" in line]
+    assert whole(corpus)
+    assert leftovers(corpus) == []
+
+
+def test_without_locks_work_may_be_done_twice_but_is_right(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_lock(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    with small_shards(1400):
+        arguments = source_of(corpus, "a.jsonl"), ByteTokenizer(), str(corpus / "cache"), 0, True
+        jobs = [threading.Thread(target=write_cache, args=arguments) for _ in range(3)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join(60)
+    assert whole(corpus)
+    assert leftovers(corpus) == []
+
+
+START_A_JOB = """
+import sys
+from pathlib import Path
+from tests.token_caches import Watched, write
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), Watched(Path(sys.argv[1]) / "notes", float(sys.argv[2])), 2)
+"""
+
+
+def start_a_job(folder: Path, seconds: float) -> "subprocess.Popen[bytes]":
+    script = folder / "job.py"
+    script.write_text(START_A_JOB)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, str(script), str(folder), str(seconds)], cwd=ROOT, env=environment)
+
+
+def workers_of(pid: int) -> list[int]:
+    """Processes of multiprocessing that this one started, but its resource tracker."""
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+            found.append(int(child))
+    return found
+
+
+def ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_jobs_that_start_at_once_share_the_work(corpus: Path) -> None:
+    jobs = [start_a_job(corpus, 0.004) for _ in range(3)]
+    assert [job.wait(60) for job in jobs] == [0, 0, 0]
+    assert whole(corpus)
+    assert leftovers(corpus) == []
+    calls = [(pid, text) for pid, _, text in notes_of(corpus / "notes") if int(pid) not in [job.pid for job in jobs]]
+    assert len(calls) == NUM_DOCUMENTS  # none was tokenised twice
+    assert len({pid for pid, _ in calls}) > 2
+
+
+def test_workers_end_with_their_parent_and_the_next_job_goes_on(corpus: Path) -> None:
+    job = start_a_job(corpus, 0.05)
+    try:
+        assert wait_until(lambda: len({note[0] for note in notes_of(corpus / "notes")}) == 3 and shard_files(corpus))
+        workers = workers_of(job.pid)
+        assert len(workers) == 2
+    finally:
+        job.kill()
+        job.wait()
+    assert wait_until(lambda: all(map(ended, workers)), 15)
+    assert not [name for name in leftovers(corpus) if name.endswith(".tmp")]  # they cleaned up
+    finished = {path: path.stat().st_mtime_ns for path in shard_files(corpus)}
+    assert 0 < len(finished) < NUM_SHARDS
+    write(corpus, ByteTokenizer(), 0)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert whole(corpus)
+    assert not [name for name in leftovers(corpus) if name.endswith(".tmp")]
+
+
+def test_a_killed_worker_is_replaced_by_the_others(corpus: Path) -> None:
+    job = start_a_job(corpus, 0.02)
+    try:
+        assert wait_until(lambda: len({note[0] for note in notes_of(corpus / "notes")}) == 3)
+        os.kill(workers_of(job.pid)[0], signal.SIGKILL)
+        assert job.wait(60) == 0
+    finally:
+        job.kill()
+        job.wait()
+    assert whole(corpus)
+    assert leftovers(corpus) == []
+
+
+def test_a_job_without_workers_left_says_so(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_writer, "_work", kill_yourself)
+    with pytest.raises(ValueError, match="ended before it was done") as error:
+        write(corpus, ByteTokenizer(), 2)
+    assert "\n" not in str(error.value)
+
+
+def kill_yourself(*args: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_again_and_again_the_cache_is_finished_and_right(corpus: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    kills = 0
+    while kills < 12:
+        job = start_a_job(corpus, 0.01)
+        time.sleep(draw.uniform(0.2, 2.5))
+        if job.poll() is None:
+            victims = [*workers_of(job.pid), job.pid]
+            for victim in draw.sample(victims, draw.randint(1, len(victims))):
+                os.kill(victim, signal.SIGKILL)
+                kills += 1
+        else:
+            assert job.returncode == 0
+            assert whole(corpus)
+            shutil.rmtree(corpus / "cache")
+        if draw.random() < 0.5:
+            job.kill()
+            job.wait()
+        else:  # a second job while the first one dies, or lives
+            time.sleep(0.1)
+    write(corpus, ByteTokenizer(), 2)
+    assert whole(corpus)
+    assert leftovers(corpus) == []
+
+
+def test_leftovers_of_killed_processes_are_removed(corpus: Path) -> None:
+    with small_shards(1400):
+        source = source_of(corpus, "a.jsonl")
+        name = plan_shards(source, ByteTokenizer().fingerprint)[0].name
+    prefix = corpus / "cache" / f"{name}.{os.uname().nodename}."
+    Path(f"{prefix}dead.tmp").touch()
+    Path(corpus / "cache" / f"{name}.another-host.busy.tmp").touch()
+    write(corpus, ByteTokenizer(), 0)
+    assert leftovers(corpus) == [f"{name}.another-host.busy.tmp"]
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_a_full_disk_is_named_and_leaves_only_whole_shards(corpus: Path, num_processes: int) -> None:
+    write(corpus, ByteTokenizer(), 0)
+    sizes = sorted(path.stat().st_size for path in shard_files(corpus))
+    shutil.rmtree(corpus / "cache")
+    source_of(corpus, "a.jsonl")  # its index is written without a limit
+    script = corpus / "job.py"
+    script.write_text(
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from tests.byte_tokenizer import ByteTokenizer\n"
+        "from tests.token_caches import write\n"
+        "if __name__ == '__main__':\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))\n"
+        "    try:\n"
+        "        write(Path(sys.argv[1]), ByteTokenizer(), int(sys.argv[3]))\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, str(script), str(corpus), str(sizes[4]), str(num_processes)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert re.fullmatch(
+        r"data\.cache_dir = '.*': cannot write the token cache to .* \(File too large\); .*\n", result.stdout
+    )
+    assert not [name for name in leftovers(corpus) if name.endswith(".tmp")]
+    write(corpus, ByteTokenizer(), 0)
+    assert whole(corpus)
+
+
+def test_a_disk_that_fills_at_the_last_moment_leaves_nothing(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source_of(corpus, "a.jsonl")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"data\.cache_dir.*No space left on device"):
+        write(corpus, ByteTokenizer(), 0)
+    assert [Path(name).suffix for name in leftovers(corpus)] == [".lock"]
+    assert shard_files(corpus) == []
+
+
+def test_room_is_estimated_before_anything_is_written(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(corpus, ByteTokenizer(), 0)
+    total = sum(path.stat().st_size for path in shard_files(corpus))
+    shutil.rmtree(corpus / "cache")
+    with small_shards(1400):
+        source = source_of(corpus, "a.jsonl")
+        portions = plan_shards(source, ByteTokenizer().fingerprint)
+        assert 0.7 < cache_writer._estimate(source, ByteTokenizer(), portions) / total < 1.5
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - total // 2, total // 2))
+    with pytest.raises(ValueError, match=r"data\.cache_dir = .*takes about .* GB more.*; name a folder that has room"):
+        write(corpus, ByteTokenizer(), 0)
+    assert shard_files(corpus) == []
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_a_bad_record_stops_with_its_line_and_finished_shards_stay(corpus: Path, num_processes: int) -> None:
+    lines = (corpus / "a.jsonl").read_text().splitlines()
+    lines[100] = "{"
+    (corpus / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(
+        ValueError, match=r'^\S*a\.jsonl:101: bad JSON.*; data\.on_bad_record = "skip" would leave it out'
+    ):
+        write(corpus, ByteTokenizer(), num_processes)
+    assert not [name for name in leftovers(corpus) if name.endswith(".tmp")]
+    before = shard_files(corpus)
+    if num_processes == 0:
+        assert before
+    write(corpus, ByteTokenizer(), num_processes, stop=False)
+    assert set(before) < set(shard_files(corpus))
+    with small_shards(1400):
+        (bad,) = everything(cached(source_of(corpus, "a.jsonl"), corpus)).bad
+    assert bad[0] == 100
+    assert str(bad[1]).startswith(f"{corpus}/a.jsonl:101: bad JSON")
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_a_file_that_changes_meanwhile_is_no_bad_record(corpus: Path, num_processes: int) -> None:
+    with small_shards(1400):
+        source = source_of(corpus, "a.jsonl")
+        content = (corpus / "a.jsonl").read_bytes()
+        (corpus / "a.jsonl").write_bytes(content[:3000])
+        with pytest.raises(SourceError, match=r"a\.jsonl"):
+            write_cache(source, ByteTokenizer(), str(corpus / "cache"), num_processes, False)
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_key(corpus: Path) -> None:
+    (corpus / "file").touch()
+    source = source_of(corpus, "a.jsonl")
+    with pytest.raises(ValueError, match=r"data\.cache_dir = '.*/file/x': cannot write the token cache to .*Not a dir"):
+        write_cache(source, ByteTokenizer(), str(corpus / "file" / "x"), 0, True)
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_a_bug_is_told_with_its_place(corpus: Path, num_processes: int) -> None:
+    with pytest.raises(RuntimeError, match=r"a\.jsonl:118: cannot tokenise: KeyError: 'a bug'"):
+        write(corpus, Broken(), num_processes, stop=False)
+
+
+def test_log_lines_show_progress_and_time_left(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache_progress, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(shard_writer, "_REPORT_BYTES", 200)
+    write(corpus, ByteTokenizer(), 0)
+    lines = [line for line in log.messages if line.startswith("tokenising data: ")]
+    shares = [float(line.split()[2].rstrip("%")) for line in lines]
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert shares[-1] == 100
+    assert len({share for share in shares if 0 < share < 14}) > 2  # also within the first of seven shards
+    assert all(re.search(r"MB/s, (\d+\.\d minutes left|time left not known yet)$", line) for line in lines)
+
+
+def test_the_tokenizer_can_be_sent_to_another_process() -> None:
+    tokenizer = Tokenizer.load(str(SHIPPED))
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.fingerprint == tokenizer.fingerprint
+    text = "def f(x):\n    return x\n\u00e9 <|end_of_text|>"
+    assert copy.encode_document(text).tolist() == tokenizer.encode_document(text).tolist()

@@ -1,0 +1,157 @@
+"""Writing one shard: who may, and how it comes to be: under a name of its own, then fsync and rename, whole or not at
+all. What a shard is, shards.py says."""
+
+import contextlib
+import fcntl
+import glob
+import itertools
+import json
+import os
+import socket
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from titanlite.data.shards import BLOCK_BYTES, Header, Portion
+
+_SPOOL_BYTES = 1 << 24  # of a shard's table; more of it goes to a file without a name
+_COPY_BYTES = 1 << 20
+_REPORT_BYTES = 1 << 20  # of text between two words on progress
+_TABLE_ROW = struct.Struct("<qq")
+
+
+class Tokenised(NamedTuple):
+    """A document of a shard."""
+
+    file: int
+    """Index of its file in the source."""
+    ids: np.ndarray
+    """int32 [tokens]; none for a bad record."""
+    num_bytes: int
+    """UTF-8 bytes of its text."""
+    reason: str = ""
+    """Why it is a bad record."""
+
+
+@contextlib.contextmanager
+def shard_lock(folder: str, portion: Portion) -> Iterator[bool | None]:
+    """Try to be the one who writes a shard. True: we are. False: another process is. None: the file system knows no
+    locks; work may then be done twice, which is not wrong."""
+    path = os.path.join(folder, portion.name + ".lock")
+    held: bool | None = True
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        except OSError:
+            held = None
+        yield held
+        if held is not False:  # the shard is there: whoever gets the lock of an unlinked file finds it
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def write_shard(
+    documents: Iterable[Tokenised], portion: Portion, folder: str, width: int, clean_up: bool
+) -> Iterator[int]:
+    """Write the portion's shard, with `width` bytes per token. Yields the bytes of text that are done, now and then.
+
+    clean_up: nobody else is writing it, so what killed processes left is removed.
+    """
+    prefix = f"{portion.name}.{socket.gethostname()}."  # another host may not see our lock: only this host's leftovers
+    if clean_up:
+        for leftover in glob.glob(glob.escape(os.path.join(folder, prefix)) + "*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(leftover)
+    handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as out, _spool(folder) as table, _spool(folder) as bad:
+            builder = _Builder(out, table, bad, portion, width)
+            reported = 0
+            for document in documents:
+                builder.add(document)
+                if builder.text_bytes - reported >= _REPORT_BYTES:
+                    reported = builder.text_bytes
+                    yield reported
+            builder.finish()
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from the group that shares the folder
+        os.replace(temporary, os.path.join(folder, portion.name))
+        _sync(folder)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+class _Builder:
+    """Lays out a shard file as documents come, in the memory of a block and, at most, two spools."""
+
+    def __init__(self, out: IO[bytes], table: IO[bytes], bad: IO[bytes], portion: Portion, width: int) -> None:
+        self._out, self._table, self._bad, self._portion, self._width = out, table, bad, portion, width
+        self._tokens = bytearray()  # not written yet
+        self._counts = np.zeros(len(portion.files), "<i8")
+        self._checksums: list[int] = []
+        self._num_tokens = self._num_bad = 0
+        self.text_bytes = 0
+        out.write(Header(portion.key, width, 0, 0, 0, 0, 0).pack())
+        table.write(_TABLE_ROW.pack(0, 0))
+
+    def add(self, document: Tokenised) -> None:
+        if document.reason:
+            line = json.dumps([int(self._counts.sum()), document.reason])
+            self._bad.write(line.encode() + b"\n")
+            self._num_bad += 1
+        assert document.ids.max(initial=0) < 1 << min(8 * self._width, 31), "an id beyond the vocabulary"
+        self._tokens += document.ids.astype(f"<u{self._width}").data
+        while len(self._tokens) >= BLOCK_BYTES:
+            self._write_block()
+        self._num_tokens += len(document.ids)
+        self.text_bytes += document.num_bytes
+        self._counts[document.file - self._portion.files.start] += 1
+        self._table.write(_TABLE_ROW.pack(self._num_tokens, self.text_bytes))
+
+    def finish(self) -> None:
+        if self._tokens:
+            self._write_block()
+        numbers = [len(self._counts), int(self._counts.sum()), self._num_tokens, self._num_bad, self._bad.tell()]
+        header = Header(self._portion.key, self._width, *numbers)
+        self._out.write(bytes(-self._width * self._num_tokens % 8))
+        crc = zlib.crc32(header.pack())
+        counts, checksums = self._counts.tobytes(), np.array(self._checksums, "<u4").tobytes()
+        for part in itertools.chain(_parts(self._table), [counts, checksums], _parts(self._bad)):
+            crc = zlib.crc32(part, crc)
+            self._out.write(part)
+        self._out.seek(0)
+        self._out.write(Header(*header[:-1], crc=crc).pack())
+
+    def _write_block(self) -> None:
+        block = bytes(self._tokens[:BLOCK_BYTES])
+        del self._tokens[:BLOCK_BYTES]
+        self._checksums.append(zlib.crc32(block))
+        self._out.write(block)
+
+
+def _spool(folder: str) -> IO[bytes]:
+    return tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=folder)
+
+
+def _parts(spool: IO[bytes]) -> Iterator[bytes]:
+    spool.seek(0)
+    while part := spool.read(_COPY_BYTES):
+        yield part
+
+
+def _sync(folder: str) -> None:
+    """Make a rename last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,157 @@
+"""The token cache as a reader: a source's documents from memory-mapped shards, tokenised once for any number of jobs.
+
+Owns the gathering of documents and what a damaged shard does to a run: it ends it, with the file's name. Refuses to
+write (cache_writer.py) and to know the files' format (shards.py).
+"""
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from titanlite.data.shards import Portion, Shard, cache_folder, plan_shards
+from titanlite.data.source import Numbering, RecordError, Source, SourceError
+from titanlite.data.stream import Documents
+
+_OPENING_THREADS = 8  # checksums and the latency of network storage
+_MAPPED_SHARDS = 1024  # at once; the kernel allows a process 65,530 mappings
+_SHORT = 128  # tokens: documents shorter than this on average are gathered by index, longer ones piece by piece
+
+
+def open_cache(source: Source, fingerprint: str, cache_dir: str) -> "CachedReader | None":
+    """The source in tokens of the tokenizer with this fingerprint; None where a shard is missing or damaged."""
+    folder = cache_folder(cache_dir)
+    portions = plan_shards(source, fingerprint)
+    with ThreadPoolExecutor(_OPENING_THREADS) as pool:
+        facts = list(pool.map(functools.partial(_facts, folder), portions))
+    known = [fact for fact in facts if fact is not None]
+    return CachedReader(source, folder, portions, known) if len(known) == len(portions) else None
+
+
+class _Facts:
+    """What is kept of a shard that is not mapped."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.counts = shard.counts.copy()
+        self.num_documents, self.num_bad = shard.header.num_documents, shard.header.num_bad
+        self.num_tokens, self.num_text_bytes = shard.table[-1].tolist()
+
+
+def _facts(folder: str, portion: Portion) -> _Facts | None:
+    shard = Shard.open(folder, portion)
+    return None if shard is None else _Facts(shard)
+
+
+class CachedReader:
+    """Documents of a source by number, from its shards. Threads may share it."""
+
+    def __init__(self, source: Source, folder: str, portions: list[Portion], facts: list[_Facts]) -> None:
+        self._source, self._folder, self._portions = source, folder, portions
+        self._first = np.cumsum([0, *(fact.num_documents for fact in facts)], dtype=np.int64)
+        self._shard = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
+        if source.numbering is None:
+            self.numbering = Numbering(np.concatenate([np.empty(0, np.int64), *(fact.counts for fact in facts)]))
+        else:
+            self.numbering = source.numbering
+        self.num_tokens = sum(fact.num_tokens for fact in facts)
+        self.num_text_bytes = sum(fact.num_text_bytes for fact in facts)
+        """UTF-8 bytes of all texts."""
+        self.num_bad_records = sum(fact.num_bad for fact in facts)
+        self.num_shards = len(portions)
+
+    def locate(self, document: int) -> str:
+        return self._source.locate(*self.numbering.place(document))
+
+    def sizes(self, documents: np.ndarray) -> np.ndarray:
+        """UTF-8 bytes of each document's text, int64 [n]. Raises SourceError where a shard has vanished."""
+        return self._measures(documents)[:, 1]
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of each document, int64 [n], 0 for a bad record. Raises SourceError where a shard has vanished."""
+        return self._measures(documents)[:, 0]
+
+    def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
+        """As stream.Reader says. What ends the reading is a shard that is damaged or has vanished: SourceError."""
+        kept = np.flatnonzero(keep)
+        which = self._which(documents[kept])
+        starts, lengths, sizes = np.zeros((3, len(kept)), np.int64)
+        shards: dict[int, Shard] = {}
+        end, error = len(kept), None
+        for s in np.unique(which).tolist():
+            mine = np.flatnonzero(which == s)
+            try:
+                shards[s] = self._shard(s)
+                here, behind = _rows(shards[s], documents[kept[mine]] - self._first[s])
+                starts[mine] = here[:, 0]
+                lengths[mine], sizes[mine] = (behind - here).T
+                broken = mine[shards[s].damaged(here[:, 0], behind[:, 0])]
+                problem: Exception = _damaged(shards[s].path)
+            except (OSError, ValueError) as failure:
+                broken, problem = mine, failure
+            if len(broken) and broken[0] < end:
+                end, error = int(broken[0]), problem
+        bad = []
+        for i in np.flatnonzero(lengths[:end] == 0).tolist():
+            document, s = int(documents[kept[i]]), int(which[i])
+            reason = shards[s].bad[document - int(self._first[s])]
+            bad.append((int(kept[i]), RecordError(self.locate(document), reason)))
+        ids = _gather({s: shard.tokens for s, shard in shards.items()}, which[:end], starts[:end], lengths[:end])
+        all_lengths, all_sizes = np.zeros((2, len(documents) if error is None else int(kept[end])), np.int64)
+        all_lengths[kept[:end]], all_sizes[kept[:end]] = lengths[:end], sizes[:end]
+        return Documents(ids, all_lengths, all_sizes, bad, error)
+
+    def _which(self, documents: np.ndarray) -> np.ndarray:
+        """The shard of each document, int64 [n]."""
+        return np.searchsorted(self._first, documents, side="right") - 1
+
+    def _measures(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens and text bytes of each document, int64 [n, 2]."""
+        measures = np.empty((len(documents), 2), np.int64)
+        which = self._which(documents)
+        for s in np.unique(which).tolist():
+            mine = which == s
+            here, behind = _rows(self._shard(s), documents[mine] - self._first[s])
+            measures[mine] = behind - here
+        return measures
+
+    def _map(self, s: int) -> Shard:
+        shard = Shard.open(self._folder, self._portions[s])
+        if shard is None:
+            raise _damaged(os.path.join(self._folder, self._portions[s].name))
+        return shard
+
+
+def _rows(shard: Shard, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the table: tokens and text bytes before each document of the shard, and behind it."""
+    return shard.table[documents], shard.table[documents + 1]
+
+
+def _gather(tokens: dict[int, np.ndarray], which: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """tokens[which[i]][starts[i] : starts[i] + lengths[i]] for all i, one after the other, int32."""
+    total = int(lengths.sum())
+    if not total:
+        return np.empty(0, np.int32)
+    if total >= _SHORT * len(lengths):
+        spans = zip(which.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
+        return np.concatenate([tokens[s][start:end] for s, start, end in spans]).astype(np.int32, copy=False)
+    if len(tokens) == 1:
+        return tokens.popitem()[1].take(_ranges(starts, lengths)).astype(np.int32, copy=False)
+    ids = np.empty(total, np.int32)
+    places = np.cumsum(lengths) - lengths
+    for s in tokens:
+        mine = which == s
+        ids[_ranges(places[mine], lengths[mine])] = tokens[s][_ranges(starts[mine], lengths[mine])]
+    return ids
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[i], ..., starts[i] + lengths[i] - 1 for all i, one after the other."""
+    places = np.cumsum(lengths) - lengths
+    return np.repeat(starts - places, lengths) + np.arange(lengths.sum())
+
+
+def _damaged(path: str) -> SourceError:
+    return SourceError(
+        f"{path}: this shard of the token cache is damaged or gone; delete it, and the next start writes it anew"
+    )
