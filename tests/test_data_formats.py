@@ -184,19 +184,24 @@ def test_records_are_read_in_the_memory_of_a_few(kind: str) -> None:
         tracemalloc.stop()
 
 
-LARGE = [
-    "import resource, sys",
-    "from titanlite.config.sections import SourceConfig",
-    "from titanlite.data.source import open_source",
-    "source = open_source('data', SourceConfig(paths=(sys.argv[1],)), 'cache')",
-    "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss",
-    "assert sum(len(text) for text in source.records(0)) == int(sys.argv[2])",
-    "assert not source.random_access or sum(len(source.read(d)) for d in range(3)) == int(sys.argv[2])",
-    "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)",
-]
+LARGE = """
+import sys
+from titanlite.config.sections import SourceConfig
+from titanlite.data.source import open_source
+
+def peak():  # in KiB; ru_maxrss would be that of the process that started this one
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+source = open_source("data", SourceConfig(paths=(sys.argv[1],)), "cache")
+before = peak()
+assert sum(len(text) for text in source.records(0)) == int(sys.argv[2])
+assert not source.random_access or sum(len(source.read(d)) for d in range(3)) == int(sys.argv[2])
+print((peak() - before) // 1024)
+"""
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 @pytest.mark.parametrize("kind", [*PACK, "parquet"])
 def test_line_of_200_mb_needs_the_memory_of_a_few(kind: str) -> None:
     number = 200_000_000
@@ -206,10 +211,10 @@ def test_line_of_200_mb_needs_the_memory_of_a_few(kind: str) -> None:
     else:
         Path(f"a.{kind}").write_bytes(PACK[kind](jsonl(texts)))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-c", "\n".join(LARGE), f"a.{kind}", str(number + 2)]
+    command = [sys.executable, "-c", LARGE, f"a.{kind}", str(number + 2)]
     output = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     print(f"{kind}: {output.strip()} MiB for a line of {number:,} bytes")
-    assert int(output) < 900
+    assert int(output) < (1100 if kind == "parquet" else 700)  # pyarrow alone takes five times the line
 
 
 def test_million_white_characters_are_a_text_or_a_blank_line() -> None:
@@ -350,7 +355,7 @@ def test_large_row_group_takes_random_access_away(monkeypatch: pytest.MonkeyPatc
     assert opened("*.parquet").random_access
     monkeypatch.setattr(parquet, "_RANDOM_ACCESS_BYTES", 4999)
     source = opened("*.parquet")
-    assert (source.random_access, source.numbering, source.in_order_only) == (False, None, ["a.parquet"])
+    assert (source.random_access, source.numbering) == (False, None)
     assert records(source) == ["x" * 1000] * 10 + ["y"]
 
 

@@ -32,21 +32,13 @@ _UNREADABLE = re.compile(
     r"pyc|class|jar|whl))",
     re.DOTALL,
 )
-_MAGIC = {  # none of these begins a text
-    "gzip": re.compile(rb"\x1f\x8b"),
-    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
-    "parquet": re.compile(rb"PAR1[\x00-\x1f]"),
-    "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),
-    "xz": re.compile(rb"\xfd7zXZ\x00"),
-    "lz4": re.compile(rb"\x04\x22\x4d\x18"),
-    "zip": re.compile(rb"PK\x03\x04"),
-    "7z": re.compile(rb"7z\xbc\xaf\x27\x1c"),
-    "tar": re.compile(rb".{257}ustar", re.DOTALL),
-    "arrow": re.compile(rb"ARROW1\x00\x00"),
-    "numpy": re.compile(rb"\x93NUMPY"),
-    "sqlite": re.compile(rb"SQLite format 3\x00"),
-    "executable": re.compile(rb"\x7fELF"),
-}
+_MAGIC = re.compile(  # none of these begins a text
+    rb"(?P<gzip>\x1f\x8b)|(?P<zstd>\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)|(?P<parquet>PAR1[\x00-\x1f])|"
+    rb"(?P<bzip2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\x00)|(?P<lz4>\x04\x22\x4d\x18)|(?P<zip>PK\x03\x04)|"
+    rb"(?P<sevenzip>7z\xbc\xaf\x27\x1c)|(?P<arrow>ARROW1\x00\x00)|(?P<numpy>\x93NUMPY)|(?P<executable>\x7fELF)|"
+    rb"(?P<sqlite>SQLite format 3\x00)|(?P<tar>.{257}ustar)",
+    re.DOTALL,
+)
 _MAGIC_OF_KIND = {"jsonl.gz": "gzip", "jsonl.zst": "zstd", "parquet": "parquet"}
 
 Item = TypeVar("Item")
@@ -85,7 +77,8 @@ def find_files(source: SourceConfig, key: str = "data") -> list[SourceFile]:
         found = [match for pattern in source.paths for match in _match(pattern, key)]
     else:
         found = _standard_library()
-    found = _leave_out(found, source.exclude, key)
+    if source.exclude:
+        found = _leave_out(found, source.exclude, key)
     unique: dict[str, _Match] = {}
     for match in found:
         unique.setdefault(match.file, match)
@@ -108,7 +101,7 @@ def content_digest(read: Callable[[int, int], bytes], size: int) -> str:
     """
     digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
     if size <= _SAMPLES * _SAMPLE_BYTES:
-        digest.update(read(_SAMPLES * _SAMPLE_BYTES, 0))
+        digest.update(read(size or 1, 0))  # an empty file too must let itself be read
     else:
         for k in range(_SAMPLES):
             digest.update(read(_SAMPLE_BYTES, k * (size - _SAMPLE_BYTES) // (_SAMPLES - 1)))
@@ -250,10 +243,9 @@ def _kind(path: str, head: bytes, source: SourceConfig, key: str) -> str:
             if lower.endswith((".gz", ".zst")):
                 problem += f', and whether its content is jsonl must be said by {key}.format = "jsonl"'
     elif kind == "jsonl":
-        kind = next(
-            (kind for suffix, kind in ((".gz", "jsonl.gz"), (".zst", "jsonl.zst")) if lower.endswith(suffix)), kind
-        )
-    found = next((name for name, magic in _MAGIC.items() if magic.match(head)), "")
+        kind = {".gz": "jsonl.gz", ".zst": "jsonl.zst"}.get(os.path.splitext(lower)[1], kind)
+    magic = _MAGIC.match(head)
+    found = str(magic.lastgroup) if magic else ""
     if not problem and found != (expected := _MAGIC_OF_KIND.get(kind, "")):
         what = f"{found} data" if found else "empty" if not head else f"no {expected} data"
         problem = f"should be {kind} and is {what}"

@@ -146,14 +146,14 @@ def required_module(name: str, file: SourceFile, package: str) -> ModuleType:
         raise ValueError(f"paths: {shown(file.path)} needs {name} ({error}): pip install '{package}'") from error
 
 
-def decode(raw: bytes | None, kind: str, text_field: str, first: bool) -> str:
+def decode(raw: bytes | memoryview | None, kind: str, text_field: str, first: bool) -> str:
     """The text of a record (`first`: of the first in its file). Raises one of RECORD_ERRORS where there is none."""
     if raw is None:
         raise ValueError(f"the column {text_field!r} is null")
+    if isinstance(raw, memoryview):  # of a parquet file
+        return str(raw, "utf-8")
     if kind == "text":
         return raw.decode("utf-8-sig")
-    if kind == "parquet":
-        return raw.decode()
     if kind == "python":  # as tokenize.open does: the encoding that the source declares, newlines made one kind
         encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
         return io.TextIOWrapper(io.BytesIO(raw), encoding).read()

@@ -69,27 +69,31 @@ class Parquet(OpenFile):
         except self._errors as error:
             raise OSError(f"not a parquet file, or a damaged one: {_line(error)}") from error
         _check_column(schema, pyarrow.types, file, text_field)
-        self._file = parquet_file(
-            stored, metadata=plain.metadata, read_dictionary=[text_field], page_checksum_verification=True
-        )
-        groups = [self._file.metadata.row_group(g) for g in range(self._file.num_row_groups)]
-        leaf = next(i for i in range(len(self._file.schema)) if self._file.schema.column(i).path == text_field)
+        groups = [plain.metadata.row_group(g) for g in range(plain.num_row_groups)]
+        leaf = next(i for i in range(len(plain.schema)) if plain.schema.column(i).path == text_field)
         rows = np.array([group.num_rows for group in groups], np.int64)
         column_bytes = np.array([group.column(leaf).total_uncompressed_size for group in groups], np.int64)
         self._first = np.concatenate(([0], np.cumsum(rows)))
         self._row_bytes = column_bytes // np.maximum(rows, 1)
         self.num_records = int(self._first[-1])
         self.random_access = bool((column_bytes <= _RANDOM_ACCESS_BYTES).all())
+        self._file = parquet_file(
+            stored,
+            metadata=plain.metadata,
+            # a text that repeats is then kept once; a long one would be copied several times
+            read_dictionary=[text_field] if self.random_access else None,
+            page_checksum_verification=True,
+        )
 
     def sizes(self, records: np.ndarray) -> np.ndarray:
         return self._row_bytes[np.searchsorted(self._first, records, side="right") - 1]
 
-    def read(self, record: int) -> bytes | None:
+    def read(self, record: int) -> memoryview | None:
         group = int(np.searchsorted(self._first, record, side="right")) - 1
         column = self._row_groups.get((self.file.path, group), self._decoding, lambda: self._decode(group))
-        return _bytes(column[record - int(self._first[group])])
+        return _content(column[record - int(self._first[group])])
 
-    def stream(self) -> Iterator[bytes | None]:
+    def stream(self) -> Iterator[memoryview | None]:
         """All rows in order, in the memory of a row group as it is stored. Not for an object that threads share."""
         for group, row_bytes in enumerate(self._row_bytes.tolist()):
             num_rows = 0
@@ -108,7 +112,7 @@ class Parquet(OpenFile):
                     self._raise(error, group)
                 num_rows += len(column)
                 for i in range(len(column)):
-                    yield _bytes(column[i])
+                    yield _content(column[i])
             self._check_rows(num_rows, group)
         self.check()
 
@@ -140,11 +144,11 @@ def _check_column(schema: Any, types: Any, file: SourceFile, text_field: str) ->
     raise ValueError(f"text_field = {text_field!r}: {problem} in {shown(file.path)}, whose columns are {columns}")
 
 
-def _bytes(value: Any) -> bytes | None:
-    """Of a scalar, without decoding: what is no UTF-8 is the record's error, not pyarrow's."""
+def _content(value: Any) -> memoryview | None:
+    """Bytes of a scalar, neither copied nor decoded: what is no UTF-8 is the record's error, not pyarrow's."""
     value = value.value if hasattr(value, "dictionary") else value
     buffer = value.as_buffer() if value is not None else None
-    return None if buffer is None else buffer.to_pybytes()
+    return None if buffer is None else memoryview(buffer)
 
 
 def _line(error: Exception) -> str:

@@ -79,10 +79,8 @@ class Source:
         # Parquet files all open here, so that each one's column is checked; compressed files have no random access.
         parquet = [f for f, file in enumerate(files) if file.kind == "parquet"]
         facts = dict(zip(parquet, in_threads(self._parquet_facts, parquet), strict=True))
-        self.in_order_only = [file.path for file in files if file.kind in ("jsonl.gz", "jsonl.zst")]
-        self.in_order_only += [files[f].path for f, (_, random_access) in facts.items() if not random_access]
-        """Paths of the files that can only be read from their beginning on."""
-        self.random_access = not self.in_order_only
+        compressed = any(file.kind in ("jsonl.gz", "jsonl.zst") for file in files)
+        self.random_access = not compressed and all(random_access for _, random_access in facts.values())
         self.numbering: Numbering | None = None
         """None without random access: how many documents there are is not known then."""
         if self.random_access:
@@ -188,7 +186,7 @@ class Source:
                 found = file.kind != "parquet" or self._open(f).num_records > 0
         return found
 
-    def _decode(self, raw: bytes | None, f: int, record: int) -> str | RecordError:
+    def _decode(self, raw: bytes | memoryview | None, f: int, record: int) -> str | RecordError:
         try:
             return decode(raw, self.files[f].kind, self.text_field, first=record == 0)
         except RECORD_ERRORS as error:
@@ -196,7 +194,7 @@ class Source:
             bad.__cause__ = error
             return bad
 
-    def _stream(self, f: int) -> Iterator[bytes | None]:
+    def _stream(self, f: int) -> Iterator[bytes | memoryview | None]:
         file = self.files[f]
         if file.kind == "parquet":
             return Parquet(file, self.text_field, self._row_groups).stream()
