@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -71,6 +72,11 @@ def write_cache(
         else:
             for event in job.write(source, 0):
                 progress.take(*event)
+
+
+def available_cores() -> int:
+    """Of this process: a scheduler may give it less than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _estimate(source: Source, tokenizer: DocumentEncoder, portions: list[Portion]) -> float:
@@ -195,13 +201,14 @@ def _write_in_processes(job: _Job, num_processes: int, progress: Progress) -> No
     start = random.randrange(len(job.portions))  # where no lock tells jobs apart, their places do
     running: dict[Connection, Any] = {}
     try:
-        for i in range(num_processes):
-            ours, theirs = context.Pipe(duplex=False)
-            first = (start + i * len(job.portions) // num_processes) % len(job.portions)
-            process = context.Process(target=_work, args=(job, first, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            running[ours] = process
+        with _without_interrupts():
+            for i in range(num_processes):
+                ours, theirs = context.Pipe(duplex=False)
+                first = (start + i * len(job.portions) // num_processes) % len(job.portions)
+                process = context.Process(target=_work, args=(job, first, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = process
         while running:
             for connection in wait(list(running), timeout=1):
                 assert isinstance(connection, Connection)
@@ -226,6 +233,17 @@ def _write_in_processes(job: _Job, num_processes: int, progress: Progress) -> No
             process.kill()
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Block SIGINT, also in processes that start meanwhile: a terminal sends it to all, and it is ours to act on."""
+    resource_tracker.ensure_running()  # its start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _bury(process: Any) -> None:
     process.join()
     if process.exitcode:
@@ -237,7 +255,6 @@ def _bury(process: Any) -> None:
 
 def _work(job: _Job, first: int, connection: Connection) -> None:
     """The life of a process: events, and at the end an error if there was one, go through the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to us as well; our parent decides
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # removes what is half written
     threading.Thread(target=_end_with_parent, daemon=True).start()
     logger.setLevel(logging.ERROR)  # our parent speaks

@@ -29,6 +29,12 @@ def open_cache(source: Source, fingerprint: str, cache_dir: str) -> "CachedReade
     return CachedReader(source, folder, portions, known) if len(known) == len(portions) else None
 
 
+def num_cached_tokens(source: Source, fingerprint: str, cache_dir: str) -> int:
+    """Tokens of the shards that are there."""
+    shards = (Shard.open(cache_folder(cache_dir), portion) for portion in plan_shards(source, fingerprint))
+    return sum(shard.header.num_tokens for shard in shards if shard is not None)
+
+
 class _Facts:
     """What is kept of a shard that is not mapped."""
 
