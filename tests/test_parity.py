@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.gloo import ranks
-from tests.tiny_run import text, write_config
+from tests.tiny_run import descendants, text, write_config
 from titanlite import job as job_module
 from titanlite import trainer as trainer_module
 from titanlite.comparison import Difference, Run, compare, listed, relative_difference
@@ -344,7 +345,7 @@ def fails(kind: str, report: Callable[[int], None]) -> int:
     [
         ("raises", 600, "rank 1: this is rank 1's mistake"),
         pytest.param("dies", 600, "rank 1 died with exit code -9", marks=pytest.mark.slow),
-        pytest.param("hangs", 3, "hangs: no rank has come further for 3 s", marks=pytest.mark.slow),
+        pytest.param("hangs", 30, "hangs: no rank has come further for 30 s", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_does_not_come_back_ends_all_in_one_line(kind: str, seconds: float, message: str) -> None:
@@ -366,6 +367,7 @@ def verb(config: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 def test_the_verb_prints_a_table_and_leaves_nothing_behind(config_file: Path) -> None:
     """The second "layout" clips at another norm: same loss and gradients at first, other weights."""
+    reference = run("1x1", config_file)[0]
     before = set(config_file.parent.rglob("*"))
     done = verb(
         config_file, "--layouts", "2x1,1x1+training.max_norm=0.5", "--steps", "2", "--job.dump_folder", "runs/x"
@@ -374,7 +376,6 @@ def test_the_verb_prints_a_table_and_leaves_nothing_behind(config_file: Path) ->
     lines = done.stderr.splitlines()
     assert lines[-1].startswith("titanlite: layout 1x1+training.max_norm=0.5 differs from 2x1 first at step 1, weight ")
     table = done.stdout.splitlines()
-    reference = run("1x1", config_file)[0]
     for number, expected in enumerate(reference.steps, 1):
         row = next(line.split() for line in table if line.startswith(f"{number:4}  "))
         assert row[1] == expected.fingerprint
@@ -383,6 +384,39 @@ def test_the_verb_prints_a_table_and_leaves_nothing_behind(config_file: Path) ->
         assert float(row[5]) > 1e-6
     left = {path.name for path in set(config_file.parent.rglob("*")) - before}
     assert {name for name in left if not name.startswith("torchinductor")} == {"tmp"}  # torch's own cache
+
+
+def test_a_layout_that_cannot_run_is_named(config_file: Path) -> None:
+    done = verb(config_file, "--layouts", "1x1,2x1", "--data.paths", "/nowhere/*.txt")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("titanlite: layout 1x1: ")
+    assert "/nowhere/*.txt" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_nothing_behind(number: signal.Signals, code: int, config_file: Path) -> None:
+    folder = config_file.parent / f"tmp-{code}"
+    folder.mkdir()
+    command = [sys.executable, "-m", "titanlite.parity", "--job.config_file", str(config_file)]
+    job = subprocess.Popen(
+        [*command, "--layouts", "2x1,1x1", "--steps", "9999"],
+        env=os.environ | {"TMPDIR": str(folder)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while not list(folder.glob("titanlite-parity-*/0/cursor.jsonl")):
+        assert job.poll() is None
+        time.sleep(0.1)
+    family = descendants(job.pid)
+    assert len(family) >= 3
+    job.send_signal(number)
+    assert job.wait(timeout=60) == code
+    assert not list(folder.glob("titanlite-parity-*"))
+    time.sleep(1)
+    states = [path.read_text().split()[2] for pid in family if (path := Path(f"/proc/{pid}/stat")).exists()]
+    assert [state for state in states if state != "Z"] == []  # an orphan waits for init
 
 
 @pytest.mark.slow

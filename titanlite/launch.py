@@ -120,13 +120,15 @@ def _serve(
     try:
         pipe.send(("result", function(*arguments, lambda number: pipe.send(("report", number)))))
     except BaseException as error:
-        pipe.send(("error", f"rank {rank}: {_one_line(error)}"))
+        pipe.send(("error", _one_line(rank, error)))
 
 
-def _one_line(error: BaseException) -> str:
-    """A user's mistake in its own words; anything else with its kind and the line that it came from."""
+def _one_line(rank: int, error: BaseException) -> str:
+    """What ranks agreed on, and a user's mistake, in its own words; else with its kind and the line it came from."""
     text = " ".join(str(error).split())
-    if isinstance(error, RunFailed | ValueError):
+    if isinstance(error, RunFailed):
         return text
+    if isinstance(error, ValueError):
+        return f"rank {rank}: {text}"
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {text[:500]} ({place.filename}:{place.lineno})"
+    return f"rank {rank}: {type(error).__name__}: {text[:500]} ({place.filename}:{place.lineno})"

@@ -4,6 +4,7 @@ Runs one config under several layouts and compares every tensor of every step wi
 """
 
 import argparse
+import math
 import signal
 import sys
 import tempfile
@@ -43,7 +44,6 @@ class Outcome:
 
 def main(argv: list[str] | None = None) -> int:
     options, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind: no rank and no folder stays behind
     with tempfile.TemporaryDirectory(prefix="titanlite-parity-") as folder:
         try:
             if options.steps < 1:
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             print(error, file=sys.stderr)
             return 1
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind: no rank and no folder stays behind
         training = layouts[0].config.training
         print(
             f"{options.steps} steps of {training.global_batch_size} rows of {training.seq_len} tokens on {device},"
@@ -150,7 +151,8 @@ def run_layouts(layouts: list[Layout], device: str, options: argparse.Namespace)
                 progress=progress.step,
             )
         except RanksFailed as error:
-            outcomes.append(Outcome(layout, problem=f"layout {layout.text} after step {progress.last}: {error}"))
+            moment = f", after step {progress.last}" if progress.last else ""
+            outcomes.append(Outcome(layout, problem=f"layout {layout.text}{moment}: {error}"))
             progress.end("failed")
             if reference is None:
                 break
@@ -165,12 +167,13 @@ def run_layouts(layouts: list[Layout], device: str, options: argparse.Namespace)
 
 
 class Progress:
-    """A line on stderr for a layout: its steps as they are made, where someone watches, and then its result."""
+    """Says on stderr how far a layout has come, in one line where someone watches, else now and then."""
 
     def __init__(self, title: str, steps: int) -> None:
         self.title, self.steps, self.last = title, steps, 0
         self._start = time.monotonic()
-        self._show("starting")
+        self._said = -math.inf
+        self._say("starting", self._start)
 
     @property
     def seconds(self) -> float:
@@ -178,15 +181,19 @@ class Progress:
 
     def step(self, number: int) -> None:
         self.last = number
-        self._show(f"step {number} of {self.steps}")
-
-    def _show(self, text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{self.title}: {text}", end="", file=sys.stderr, flush=True)
+        self._say(f"step {number} of {self.steps}", time.monotonic())
 
     def end(self, text: str) -> None:
-        start = "\r\x1b[K" if sys.stderr.isatty() else ""
-        print(f"{start}{self.title}: {text} ({self.seconds:.0f} s)", file=sys.stderr, flush=True)
+        self._say(f"{text} ({self.seconds:.0f} s)", math.inf)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+    def _say(self, text: str, now: float) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{self.title}: {text}", end="", file=sys.stderr, flush=True)
+        elif now - self._said >= 30:
+            self._said = now
+            print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
 
 def table(outcomes: list[Outcome], reference: "Run") -> str:
