@@ -163,6 +163,19 @@ def test_the_verb_fails_and_names_the_first_difference(
     assert "isolated: no bit differs" not in lines
 
 
+def test_only_deterministic_algorithms_are_compared(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[bool] = set()
+    right = results.build_documents
+
+    def build_documents(*arguments: Any) -> Any:
+        asked.add(torch.are_deterministic_algorithms_enabled())
+        return right(*arguments)
+
+    monkeypatch.setattr(results, "build_documents", build_documents)
+    found(config)
+    assert asked == {True}
+
+
 def test_chance_in_a_kernel_is_told_from_a_leak(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attend = llama.attend
     monkeypatch.setattr(llama, "attend", lambda q, *rest: attend(q, *rest) + 1e-6 * torch.randn_like(q))
