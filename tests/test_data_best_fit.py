@@ -1,5 +1,6 @@
 """Best fit against an oracle that packs one document at a time and writes every token down."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -253,9 +254,20 @@ def test_any_chunks_batches_slices_and_restarts_give_the_same_rows(
             assert named(going.take(num_rows, 0, num_rows)) == tokens[-num_rows:]
             assert going.cursor == packer.cursor
             assert going.cursor.ledger.tokens_read + going.unread() == sum(lengths[: going._next_counter])
-            cursors.append(packer.cursor)
+            cursors.append(SourceCursor.from_dict(json.loads(json.dumps(packer.cursor.to_dict()))))
     assert tokens == expected
     assert cursors[-1] == whole.cursor
+
+
+@given(lengths=documents, seq_len=st.integers(1, 30))
+def test_starts_are_those_of_the_document_rule(lengths: list[int], seq_len: int) -> None:
+    (chunk,) = chunks_of(lengths, [len(lengths)])
+    chunk.ids[np.cumsum(chunk.lengths)[chunk.lengths > 0] - 1] = EOS  # as every document ends
+    with patch.object(best_fit, "WINDOW_ROWS", 3):
+        rows = all_rows(BestFitPacker(seq_len, SourceCursor(), EOS, SEED), iter([chunk]))
+    for part in rows:
+        behind_eos = np.flatnonzero(part.tokens[0, :-1] == EOS) + 1
+        assert part.starts[0].tolist() == [0, *behind_eos.tolist()]
 
 
 def test_the_order_of_rows_depends_on_seed_and_window_alone() -> None:
