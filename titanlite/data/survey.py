@@ -1,0 +1,136 @@
+"""What a source is made of: the lengths of its documents, and what each way of packing makes of them.
+
+Owns the numbers behind `python -m titanlite.show --stats`, and how a sample is drawn where not all documents are looked
+at. Refuses to print.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from titanlite.data.best_fit import BestFitPacker
+from titanlite.data.feed import StreamSource
+from titanlite.data.order import permute
+from titanlite.data.packing import Packer, RowPacker
+from titanlite.data.seek import trained_lengths
+from titanlite.data.stream import Chunk, SourceCursor
+from titanlite.data.token_cache import CachedReader
+
+_SAMPLE_BYTES = 1 << 24  # of text that is tokenised for a sample
+_PACKED_ROWS, _PACKED_DOCUMENTS = 1 << 12, 1 << 20  # packed at most; the rows are 16 windows of best_fit
+_PORTION = 64  # documents or rows
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """Documents of one source, without those that are held out and bad records."""
+
+    lengths: np.ndarray
+    """Tokens of each document that was looked at, int64 [n], in random order; each at least 1."""
+    num_documents: int
+    """Of the whole source; exact if all were looked at."""
+    num_looked_at: int
+    """Documents, held out and bad ones included."""
+    is_whole: bool
+    """Whether all documents were looked at."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the whole source; exact if all documents were looked at."""
+        return round(float(self.lengths.mean()) * self.num_documents)
+
+
+def survey(source: StreamSource) -> Survey:
+    """Look at all documents in the token cache; else tokenise about 16 MiB of text, of documents drawn at random, the
+    same ones each time. Raises what reading them raises, and ValueError where there is none to train on."""
+    num_documents = source.order.num_documents
+    drawn = np.arange(num_documents, dtype=np.uint64)
+    if isinstance(source.reader, CachedReader):
+        in_order = np.concatenate([*trained_lengths(source)])
+        lengths = in_order[permute(drawn, num_documents, np.zeros_like(drawn)).astype(np.int64)]
+    else:
+        lengths = _sample(source)
+    trained = lengths[lengths > 0]
+    if not len(trained):
+        raise ValueError(f"data source {source.name!r}: no document is left to train on")
+    share = num_documents / len(lengths)
+    return Survey(trained, round(len(trained) * share), len(lengths), len(lengths) == num_documents)
+
+
+def _sample(source: StreamSource) -> np.ndarray:
+    reader, num_documents = source.reader, source.order.num_documents
+    lengths: list[np.ndarray] = []
+    read = 0
+    with tqdm(
+        total=_SAMPLE_BYTES,
+        desc=f"sampling {source.name}",
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        leave=False,
+        disable=None,
+    ) as bar:
+        for first in range(0, num_documents, _PORTION):
+            drawn = np.arange(first, min(first + _PORTION, num_documents), dtype=np.uint64)
+            documents = permute(drawn, num_documents, np.zeros_like(drawn)).astype(np.int64)
+            got = reader.read(documents, ~source.held_out(*reader.numbering.places(documents)))
+            if got.error is not None:
+                raise got.error
+            lengths.append(got.lengths)
+            read += int(got.bytes.sum())
+            bar.update(int(got.bytes.sum()))
+            if read >= _SAMPLE_BYTES:
+                break
+    return np.concatenate(lengths)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a way of packing makes of documents."""
+
+    num_rows: int
+    documents_per_row: float
+    """Pieces of documents; pads are none."""
+    cut: float
+    """Share of the documents that a row could hold and that lie in two."""
+    padding: float
+    """Share of the tokens of all rows."""
+    new_tokens_per_row: float
+    """Tokens that no row before has."""
+    attention: float
+    """Pairs of query and key that document masking leaves, as a share of seq_len^2 per row."""
+
+
+def pack(lengths: np.ndarray, packing: str, seq_len: int) -> Packing:
+    """Pack documents (tokens, int64 [n]) in the given order, over and over, into some thousand rows."""
+    start = SourceCursor()
+    packer: Packer = RowPacker(seq_len, start) if packing == "split" else BestFitPacker(seq_len, start, 0, 0)
+    at = num_pieces = squares = 0
+    portion = max(1, int(_PORTION * seq_len / lengths.mean()))
+    while not at or (packer.cursor.row < _PACKED_ROWS and at < _PACKED_DOCUMENTS):
+        while packer.missing(_PORTION):
+            packer.append(_chunk(at, lengths[np.arange(at, at + portion) % len(lengths)]))
+            at += portion
+        rows = packer.take(_PORTION, 0, _PORTION)
+        for starts, counters in zip(rows.starts, rows.counters, strict=True):
+            num_pieces += int(np.count_nonzero(counters >= 0))
+            sizes = np.diff(np.append(starts[starts < seq_len], seq_len))
+            squares += int((sizes**2).sum())
+    ledger, num_rows = packer.cursor.ledger, packer.cursor.row
+    return Packing(
+        num_rows,
+        documents_per_row=num_pieces / num_rows,
+        cut=ledger.cut / max(1, ledger.fitting),
+        padding=ledger.padding / (num_rows * (seq_len + 1)),
+        new_tokens_per_row=(ledger.targets + ledger.document_first) / num_rows,
+        attention=squares / (num_rows * seq_len**2),
+    )
+
+
+def _chunk(counter: int, lengths: np.ndarray) -> Chunk:
+    """Documents of these lengths, whose ids do not matter."""
+    none = np.zeros(len(lengths), bool)
+    return Chunk(
+        counter, np.broadcast_to(np.int32(0), int(lengths.sum())), lengths, np.zeros_like(lengths), none, none, [], None
+    )
