@@ -15,6 +15,7 @@ from torch import Tensor
 
 from titanlite.checkpoint import Checkpointer, CheckpointError, decide_start
 from titanlite.config import Config, diff, dump_toml, resolve_degrees
+from titanlite.data.cache_writer import available_cores
 from titanlite.data.feed import EndOfData
 from titanlite.data.loader import Batch, build_loader
 from titanlite.log import logger
@@ -297,4 +298,4 @@ def _tokenizing_share(config: Config, device_type: str) -> float:
         return 0.0
     tokens_per_second = dist.get_world_size() * 0.5 * peak / flops_per_token(config.model, config.training.seq_len)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return tokens_per_second * ranks_here / 2.5e6 / (os.cpu_count() or 1)
+    return tokens_per_second * ranks_here / 2.5e6 / available_cores()

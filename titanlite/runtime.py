@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, git commit, host and devices: what a reader of the run's numbers will ask for."""
-    packages = ("titanlite", "torch", "torchdata", "tiktoken", "numpy", "tensorboard")
+    packages = ("titanlite", "torch", "tiktoken", "numpy", "tensorboard")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "python": platform.python_version(),

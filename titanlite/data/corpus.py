@@ -12,7 +12,7 @@ from typing import Any
 
 from titanlite.config.sections import DataConfig, SourceConfig, source_configs
 from titanlite.data.best_fit import WINDOW_ROWS, BestFitPacker
-from titanlite.data.cache_writer import write_cache
+from titanlite.data.cache_writer import available_cores, write_cache
 from titanlite.data.feed import CHUNK_BYTES, ChunkFeed, SourceRows, StreamSource, Threads
 from titanlite.data.files import shown
 from titanlite.data.mixture import Deck
@@ -171,7 +171,7 @@ def _open_reader(source: Source, data: DataConfig, tokenizer: DocumentEncoder, t
             why = f"tokenising while training would take about {tokenizing_share:.0%} of the cores"
         if why:
             logger.info(f"source {source.name!r}: writing a token cache ({why})")
-            num_processes = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            num_processes = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             write_cache(source, tokenizer, data.cache_dir, num_processes, data.on_bad_record == "stop")
             cached = open_cache(source, tokenizer.fingerprint, data.cache_dir)
             assert cached is not None, "the cache is not what was just written"
