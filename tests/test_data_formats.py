@@ -236,7 +236,7 @@ TYPES: dict[str, pa.DataType] = {
     "string": pa.string(),
     "large_string": pa.large_string(),
     "dictionary": pa.dictionary(pa.int32(), pa.string()),
-    "dictionary of large_string": pa.dictionary(pa.int8(), pa.large_string()),
+    "dictionary of large_string": pa.dictionary(pa.int32(), pa.large_string()),
 }
 
 
@@ -245,7 +245,8 @@ TYPES: dict[str, pa.DataType] = {
 @pytest.mark.parametrize("use_dictionary", [False, True])
 def test_parquet_of_any_text_type_equals_what_pyarrow_reads(kind: str, compression: str, use_dictionary: bool) -> None:
     texts = ["é", "", "x" * 5000, *(str(i % 7) for i in range(500)), "\0\ufeff"]
-    column = pa.array(texts).cast(TYPES[kind]) if "dictionary" not in kind else pa.array(texts, TYPES[kind])
+    column = pa.array(texts, TYPES[kind] if "dictionary" not in kind else TYPES[kind].value_type)
+    column = column.dictionary_encode() if "dictionary" in kind else column
     write_parquet("a.parquet", column, compression=compression, use_dictionary=use_dictionary, row_group_size=99)
     source = opened("a.parquet")
     assert by_number(source) == records(source) == pq.read_table("a.parquet")["text"].to_pylist() == texts
@@ -372,8 +373,9 @@ def test_decoded_row_groups_are_few_and_shared_by_threads(monkeypatch: pytest.Mo
 
     def watched(self: parquet.RowGroups, key: tuple[str, int], column: Any) -> None:
         keep(self, key, column)
-        held.append(sum(kept.nbytes for kept in self._kept.values()))
-        assert held[-1] == self._bytes
+        with self._lock:
+            held.append(sum(kept.nbytes for kept in self._kept.values()))
+            assert held[-1] == self._bytes
 
     monkeypatch.setattr(parquet.Parquet, "_decode", counted)
     monkeypatch.setattr(parquet.RowGroups, "_keep", watched)
