@@ -237,6 +237,14 @@ def test_nothing_that_was_recorded_is_left_uncompared(config_file: Path) -> None
         assert [(d.step, d.what) for d in beyond] == [(2, what)]
 
 
+def test_a_run_that_ends_earlier_is_no_equal(config_file: Path) -> None:
+    reference = run("1x1", config_file)
+    shorter = [replace(reference[0], steps=reference[0].steps[:1])]
+    for a, b in ((reference, shorter), (shorter, reference)):
+        (found,) = [d for d in compare(a, b, BOUND) if d.size > BOUND]
+        assert (found.step, found.what) == (2, "end of the data")
+
+
 def change(kind: str, x: Tensor) -> Tensor:
     """The tensor with a small change of some kind."""
     y = x.clone()
@@ -343,7 +351,7 @@ def fails(kind: str, report: Callable[[int], None]) -> int:
 @pytest.mark.parametrize(
     ("kind", "seconds", "message"),
     [
-        ("raises", 600, "rank 1: this is rank 1's mistake"),
+        pytest.param("raises", 600, "rank 1: this is rank 1's mistake", marks=pytest.mark.slow),
         pytest.param("dies", 600, "rank 1 died with exit code -9", marks=pytest.mark.slow),
         pytest.param("hangs", 30, "hangs: no rank has come further for 30 s", marks=pytest.mark.slow),
     ],
@@ -374,7 +382,9 @@ def test_the_verb_prints_a_table_and_leaves_nothing_behind(config_file: Path) ->
     )
     assert done.returncode == 1, done.stderr
     lines = done.stderr.splitlines()
-    assert lines[-1].startswith("titanlite: layout 1x1+training.max_norm=0.5 differs from 2x1 first at step 1, weight ")
+    assert lines[-1].startswith(
+        "titanlite: layout 1x1+training.max_norm=0.5 differs from 2x1, first at step 1, weight "
+    )
     table = done.stdout.splitlines()
     for number, expected in enumerate(reference.steps, 1):
         row = next(line.split() for line in table if line.startswith(f"{number:4}  "))

@@ -49,7 +49,8 @@ def compare(reference: Run, run: Run, bound: float) -> Iterator[Difference]:
     for name, digest in reference[0].initial.items():
         unequal = np.array([rank.initial[name] != digest for rank in run])
         yield _by_rank(0, f"initial weight {name}", np.where(unequal, np.inf, 0.0), bound)
-    for step, steps in enumerate(zip(*(rank.steps for rank in run), strict=True), 1):
+    num_steps = len(reference[0].steps)
+    for step, steps in enumerate(zip(*(rank.steps[:num_steps] for rank in run), strict=True), 1):
         expected = [rank.steps[step - 1] for rank in reference]
         yield from _compare_rows(step, reference, expected, run, steps, bound)
         yield _by_rank(step, "loss", _relative_scalars([r.loss for r in steps], expected[0].loss), bound)
@@ -62,6 +63,8 @@ def compare(reference: Run, run: Run, bound: float) -> Iterator[Difference]:
             yield _by_rank(
                 step, f"weight {name}", relative_difference(np.stack([r.weights[name] for r in steps]), sketch), bound
             )
+    if len(run[0].steps) != num_steps:
+        yield Difference(min(len(run[0].steps), num_steps) + 1, "end of the data", "", np.inf)
 
 
 def _compare_rows(

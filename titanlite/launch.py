@@ -48,7 +48,7 @@ def run_ranks(
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    num_threads = max(1, len(os.sched_getaffinity(0)) // world_size)
+    num_threads = max(1, torch.get_num_threads() // world_size)
     pipes: list[Connection] = []
     processes: list[BaseProcess] = []
     try:

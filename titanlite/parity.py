@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     problems = [outcome.problem for outcome in outcomes if outcome.problem]
     for problem in problems:
         print(f"titanlite: {problem}", file=sys.stderr)
-    if not problems:
-        print(f"all {len(outcomes)} layouts agree within {options.bound:g} in all {options.steps} steps")
+    if reference and not problems:
+        print(f"all {len(outcomes)} layouts agree within {options.bound:g} in all {len(reference[0].steps)} steps")
     return 1 if problems else 0
 
 
@@ -160,9 +160,10 @@ def run_layouts(layouts: list[Layout], device: str, options: argparse.Namespace)
         reference = reference or run
         differences = tuple(compare(reference, run, options.bound))
         first = next((d for d in differences if d.size > options.bound), None)
-        problem = f"layout {layout.text} differs from {layouts[0].text} first {first}" if first else ""
+        who = f"layout {layout.text} differs from {layouts[0].text}" if number > 1 else f"ranks of {layout.text} differ"
+        problem = f"{who}, first {first}" if first else ""
         outcomes.append(Outcome(layout, progress.seconds, differences, problem))
-        progress.end(f"largest difference {max(d.size for d in differences):.1e}")
+        progress.end(f"largest difference {max(d.size for d in differences):.1e}" if number > 1 else "the reference")
     return outcomes, reference
 
 

@@ -61,7 +61,10 @@ class RankRecord:
 
 
 def record(config: Config, steps: int, progress: Callable[[int], None] = lambda step: None) -> RankRecord:
-    """Run the first `steps` steps of a job on this rank. `progress` hears of each. Collective."""
+    """Run the first `steps` steps of a job on this rank, fewer where the data end. Collective.
+
+    `progress` hears of each. Raises RunFailed as a job does, and when it was asked to stop.
+    """
     with Job(config) as job:
         recorder = Recorder(job.trainer, config)
         result = RankRecord(job.mesh.dp_rank, job.mesh.tp.get_local_rank(), recorder.digests())
@@ -69,7 +72,9 @@ def record(config: Config, steps: int, progress: Callable[[int], None] = lambda 
         while job.trainer.step < steps:
             step = job.next_step()
             if step is None:
-                raise RunFailed("stopped by a signal")
+                if job.stop.received:
+                    raise RunFailed(f"stopped by {job.stop.received}")
+                break
             outcome = job.trainer.train_step(step.rows, step.num_targets)
             result.steps.append(recorder.step(step, outcome))
             job.finish_step(step, outcome)
