@@ -54,21 +54,10 @@ def write_mixture(folder: Path) -> Path:
 
 def start(config: Path, run: Path, num_ranks: int, *overrides: str) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    return subprocess.Popen(
-        [
-            *command,
-            "-m",
-            "titanlite.train",
-            "--job.config_file",
-            str(config),
-            "--job.dump_folder",
-            str(run),
-            *overrides,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=open(run.with_suffix(f".{num_ranks}.log"), "ab"),
-    )
+    arguments = ["-m", "titanlite.train", "--job.config_file", str(config), "--job.dump_folder", str(run), *overrides]
+    with open(run.with_suffix(f".{num_ranks}.log"), "ab") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stderr=log)
 
 
 def kill_after(job: "subprocess.Popen[bytes]", run: Path, step: int) -> None:
