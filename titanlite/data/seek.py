@@ -78,7 +78,8 @@ def _jump(source: StreamSource, row: int, seq_len: int) -> SourceCursor:
     """The cursor of a row in packing "split": that of token row * seq_len of the source's stream."""
     if row == 0:
         return SourceCursor()
-    order, size = source.order, source.order.shuffle_block or _BLOCK
+    reader, order, size = source.reader, source.order, source.order.shuffle_block or _BLOCK
+    assert isinstance(reader, CachedReader)
     lengths = _block_sums(source, size)
     if not (epoch_tokens := int(lengths.sum())):
         raise ValueError(f"data source {source.name!r}: no document is left to train on")
@@ -96,8 +97,8 @@ def _jump(source: StreamSource, row: int, seq_len: int) -> SourceCursor:
     first += int(sizes[:at].sum())
     left -= int(ends[at] - lengths[blocks[at]])
     documents = order.documents(np.arange(first, first + int(sizes[at])))
-    held_out = source.held_out(*source.reader.numbering.places(documents))
-    inside = _Lengths(source.reader).read(documents, ~held_out).lengths
+    held_out = source.held_out(*reader.numbering.places(documents))
+    inside = np.where(held_out, 0, reader.lengths(documents))
     ends = np.cumsum(inside)
     at = int(np.searchsorted(ends, left, side="right"))
     offset = left - int(ends[at] - inside[at])
