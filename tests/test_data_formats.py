@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from tests.test_data_source import HOSTILE
 from titanlite.config.sections import SourceConfig
 from titanlite.data import parquet
+from titanlite.data import source as source_module
+from titanlite.data.files import find_files
 from titanlite.data.source import RecordError, Source, SourceError, open_source
 
 try:
@@ -161,13 +163,37 @@ def test_compressed_data_with_anything_behind_them_are_refused_and_harmless_fram
         ("a.jsonl.zst", PACK["jsonl.zst"](good) + b"junk", "corrupt .Unable to decompress"),
     ):
         Path(name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"^data\.paths: {name}:1: the compressed data are {problem}"):
+        with pytest.raises(ValueError, match=rf"^data\.paths: {name}: the compressed data are {problem}"):
             records(opened(name))
     long_range = io.BytesIO()
     with zstd.ZstdFile(long_range, "w", options={zstd.CompressionParameter.window_log: 30}) as file:
         file.write(good)
     Path("a.jsonl.zst").write_bytes(SKIPPABLE + PACK["jsonl.zst"](good) + SKIPPABLE + long_range.getvalue())
     assert records(opened("a.jsonl.zst")) == ["one", "one"]
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_first_record_of_each_file_is_asked_for_the_text_field(kind: str) -> None:
+    Path(f"a.{kind}").write_bytes(PACK[kind](jsonl(["a"])))
+    Path(f"b.{kind}").write_bytes(PACK[kind](jsonl(["b"], "body")))
+    with pytest.raises(
+        ValueError, match=rf"^data\.text_field = 'text': no such field in b\.{kind}:1, .* 'id', 'body'$"
+    ):
+        opened(f"*.{kind}")
+    Path(f"b.{kind}").write_bytes(PACK[kind](b"broken\n" + jsonl(["b"], "body")))  # what data.on_bad_record is about
+    assert [str(text) for text in records(opened(f"b.{kind}"))][1] == f"b.{kind}:2: no field 'text'"
+    Path(f"b.{kind}").write_bytes(PACK[kind](b""))
+    assert records(opened(f"*.{kind}")) == ["a"]
+
+
+@pytest.mark.parametrize("kind", [*PACK, "parquet"])
+def test_file_that_goes_before_it_is_opened_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_kind(kind, ["a"])
+    files = find_files(SourceConfig(paths=(path,)))
+    os.unlink(path)
+    monkeypatch.setattr(source_module, "find_files", lambda *args: files)
+    with pytest.raises(ValueError, match=rf"^data\.paths: {path}: No such file or directory$"):
+        opened(path)
 
 
 @pytest.mark.parametrize("kind", PACK)
@@ -507,3 +533,16 @@ def test_new_time_stamp_alone_is_no_change() -> None:
         assert len(records(source)) == (1 if kind == "txt" else 10)
         if source.random_access:
             source.read(0)
+
+
+def test_change_that_neither_samples_nor_time_stamp_show_is_seen_where_lines_break() -> None:
+    path = write_kind("jsonl", noise(4, 1000))
+    source = opened(path)
+    status = os.stat(path)
+    with open(path, "r+b") as file:
+        file.seek(5000)  # the second sample begins at 15 KB
+        file.write(b"\n")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    found = [outcome(lambda document=document: source.read(document)) for document in range(40)]
+    assert [d for d, text in enumerate(found) if text != noise(4, 1000)[d]] == [5000 // 224]
+    assert str(found[5000 // 224]) == f"a.jsonl:{5000 // 224 + 1}: the file has changed since the start of the run"

@@ -25,6 +25,7 @@ from titanlite.data.index import load_index
 RECORD_ERRORS = (ValueError, RecursionError, SyntaxError, LookupError)
 _CHANGED = "the file has changed since the start of the run"
 _READ_BYTES = 1 << 18
+_FIRST_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
 _JSON_NAMES = {
@@ -36,6 +37,10 @@ _JSON_NAMES = {
     bool: "true or false",
     type(None): "null",
 }
+
+
+class SectionError(ValueError):
+    """A mistake in a source's section of the config; its text goes behind the section's name and a dot."""
 
 
 class OpenFile:
@@ -97,8 +102,8 @@ def read_text(file: SourceFile) -> bytes:
     return raw
 
 
-def stream_lines(file: SourceFile) -> Iterator[bytes]:
-    """The records of a jsonl file of any kind, in order, in the memory of one.
+def stream_lines(file: SourceFile, limit: int = -1) -> Iterator[bytes]:
+    """The records of a jsonl file of any kind, in order, in the memory of one; those above `limit` bytes in pieces.
 
     A record is what a newline ends; the empty piece after the last newline is none. Raises OSError where compressed
     data are cut off or corrupt: what is behind could only be left out in silence.
@@ -111,7 +116,7 @@ def stream_lines(file: SourceFile) -> Iterator[bytes]:
         try:
             while lines.peek(1):
                 opened.check()
-                yield lines.readline()  # held by nobody here: it may be large
+                yield lines.readline(limit)  # held by nobody here: it may be large
         except Exception as error:
             if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno):
                 raise
@@ -139,11 +144,11 @@ def _unpacked(stored: Any, file: SourceFile) -> Any:
 
 
 def required_module(name: str, file: SourceFile, package: str) -> ModuleType:
-    """A module that takes time to import and may not be there. Raises ValueError, to stand behind a section's name."""
+    """A module that takes time to import and may not be there."""
     try:
         return import_module(name)
     except ImportError as error:
-        raise ValueError(f"paths: {shown(file.path)} needs {name} ({error}): pip install '{package}'") from error
+        raise SectionError(f"paths: {shown(file.path)} needs {name} ({error}): pip install '{package}'") from error
 
 
 def decode(raw: bytes | memoryview | None, kind: str, text_field: str, first: bool) -> str:
@@ -160,8 +165,9 @@ def decode(raw: bytes | memoryview | None, kind: str, text_field: str, first: bo
     return _parse_json(raw, text_field, first)
 
 
-def json_fields(raw: bytes) -> list[str] | None:
-    """Names of the fields of a file's first record, or None where it is no JSON object."""
+def first_fields(file: SourceFile) -> list[str] | None:
+    """Names of the fields of a jsonl file's first record, or None where there is none that is small and an object."""
+    raw = next(stream_lines(file, limit=_FIRST_BYTES), b"")
     try:
         record = json.loads(raw.decode("utf-8-sig"))
     except RECORD_ERRORS:

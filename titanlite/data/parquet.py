@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from titanlite.data.files import SourceFile, shown
-from titanlite.data.formats import OpenFile, required_module
+from titanlite.data.formats import OpenFile, SectionError, required_module
 
 _RANDOM_ACCESS_BYTES = 64 << 20  # of a row group's column: to read one document, all of it is decoded
-_KEPT_BYTES = 256 << 20  # decoded row groups of a source
+_KEPT_BYTES = 128 << 20  # decoded row groups of a source
 _BATCH_BYTES = 4 << 20  # decoded at once when read in order
 
 
@@ -52,8 +52,7 @@ class RowGroups:
 
 
 class Parquet(OpenFile):
-    """A parquet file's text column. Raises ValueError, to stand behind a section's name, where it cannot be
-    read as the config says, and OSError for a damaged file."""
+    """A parquet file's text column. Raises SectionError where there is no such column, OSError for a damaged file."""
 
     def __init__(self, file: SourceFile, text_field: str, row_groups: RowGroups) -> None:
         super().__init__(file)
@@ -141,7 +140,7 @@ def _check_column(schema: Any, types: Any, file: SourceFile, text_field: str) ->
         return
     problem = "no such column" if not wanted else f"not one column of strings but {', '.join(map(str, wanted))}"
     columns = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "none"
-    raise ValueError(f"text_field = {text_field!r}: {problem} in {shown(file.path)}, whose columns are {columns}")
+    raise SectionError(f"text_field = {text_field!r}: {problem} in {shown(file.path)}, whose columns are {columns}")
 
 
 def _content(value: Any) -> memoryview | None:

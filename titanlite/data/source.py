@@ -6,6 +6,7 @@ error with its place.
 """
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,7 +17,16 @@ import numpy as np
 
 from titanlite.config.sections import SourceConfig
 from titanlite.data.files import SourceFile, find_files, in_threads, shown
-from titanlite.data.formats import RECORD_ERRORS, Jsonl, decode, json_fields, read_text, reason, stream_lines
+from titanlite.data.formats import (
+    RECORD_ERRORS,
+    Jsonl,
+    SectionError,
+    decode,
+    first_fields,
+    read_text,
+    reason,
+    stream_lines,
+)
 from titanlite.data.parquet import Parquet, RowGroups
 
 _OPEN_FILES = 128  # files kept open, each with its index; a process may often have 1024 descriptors
@@ -65,7 +75,7 @@ class Numbering:
 class Source:
     """The documents of a list of files. Threads may share it.
 
-    Raises ValueError where a parquet file lacks the column, and SourceError for a file that is damaged.
+    Making one raises ValueError, in one line, for a parquet file that lacks the column and for what cannot be opened.
     """
 
     def __init__(self, name: str, files: list[SourceFile], text_field: str, cache_dir: str, key: str = "data") -> None:
@@ -76,18 +86,16 @@ class Source:
         self._cache_dir, self._key = cache_dir, key
         self._row_groups = RowGroups()
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._open_file)
-        # Parquet files all open here, so that each one's column is checked; compressed files have no random access.
+        # Parquet files are all opened, so that each one's column is checked, even where no number of records is needed.
         parquet = [f for f, file in enumerate(files) if file.kind == "parquet"]
-        facts = dict(zip(parquet, in_threads(self._parquet_facts, parquet), strict=True))
+        facts = dict(zip(parquet, in_threads(self._facts, parquet), strict=True))
         compressed = any(file.kind in ("jsonl.gz", "jsonl.zst") for file in files)
         self.random_access = not compressed and all(random_access for _, random_access in facts.values())
         self.numbering: Numbering | None = None
         """None without random access: how many documents there are is not known then."""
         if self.random_access:
-            counts = [
-                facts[f][0] if f in facts else self._open(f).num_records if file.kind == "jsonl" else 1
-                for f, file in enumerate(files)
-            ]
+            facts |= {f: self._facts(f) for f, file in enumerate(files) if file.kind == "jsonl"}
+            counts = [facts[f][0] if f in facts else 1 for f in range(len(files))]
             self.numbering = Numbering(np.array(counts, np.int64))
         self._file_size = np.array([file.size for file in files], np.int64)
         self._has_records = np.array([file.kind in ("jsonl", "parquet") for file in files], bool)
@@ -163,28 +171,28 @@ class Source:
             "files": [[f.name, f.size, f.digest] for f in self.files] if len(self.files) <= _MANIFEST_FILES else None,
         }
 
-    def check_first_records(self) -> bool:
-        """Whether there is a record at all. Raises ValueError when the first record of a jsonl file is an object
-        without the text field: a mistake in the config."""
-        found = False
-        for f, file in enumerate(self.files):
-            if "jsonl" in file.kind:
-                try:
-                    raw = next(stream_lines(file), None)
-                except OSError as error:
-                    raise SourceError(f"{self.locate(f, 0)}: {_unreadable(error)}") from error
-                except ValueError as error:
-                    raise ValueError(f"{self._key}.{error}") from error
-                fields = None if raw is None else json_fields(raw)
-                if fields is not None and self.text_field not in fields:
-                    raise ValueError(
-                        f"{self._key}.text_field = {self.text_field!r}: no such field in {self.locate(f, 0)}, "
-                        f"which has {', '.join(map(repr, fields)) or 'none'}"
-                    )
-                found |= raw is not None
-            elif not found:
-                found = file.kind != "parquet" or self._open(f).num_records > 0
-        return found
+    def check_text_field(self) -> None:
+        """Raise ValueError when a jsonl file's first record is an object without the field: a mistake in the config."""
+        in_threads(self._check_text_field, [f for f, file in enumerate(self.files) if "jsonl" in file.kind])
+
+    def _check_text_field(self, f: int) -> None:
+        with self._at_start(f):
+            fields = first_fields(self.files[f])
+            if fields is not None and self.text_field not in fields:
+                has = ", ".join(map(repr, fields)) or "none"
+                raise SectionError(
+                    f"text_field = {self.text_field!r}: no such field in {self.locate(f, 0)}, which has {has}"
+                )
+
+    @contextlib.contextmanager
+    def _at_start(self, f: int) -> Iterator[None]:
+        """What goes wrong with a file here is the user's to mend: a ValueError that names section and file."""
+        try:
+            yield
+        except SectionError as error:
+            raise ValueError(f"{self._key}.{error}") from error
+        except OSError as error:
+            raise ValueError(f"{self._key}.paths: {shown(self.files[f].path)}: {_unreadable(error)}") from error
 
     def _decode(self, raw: bytes | memoryview | None, f: int, record: int) -> str | RecordError:
         try:
@@ -208,27 +216,21 @@ class Source:
             Parquet(file, self.text_field, self._row_groups) if file.kind == "parquet" else Jsonl(file, self._cache_dir)
         )
 
-    def _parquet_facts(self, f: int) -> tuple[int, bool]:
-        try:
+    def _facts(self, f: int) -> tuple[int, bool]:
+        """Records of a file, and whether each can be read by itself."""
+        with self._at_start(f):
             opened = self._open(f)
-        except OSError as error:
-            raise SourceError(f"{shown(self.files[f].path)}: {_unreadable(error)}") from error
-        except ValueError as error:
-            raise ValueError(f"{self._key}.{error}") from error
-        assert isinstance(opened, Parquet)
-        return opened.num_records, opened.random_access
+        return opened.num_records, not isinstance(opened, Parquet) or opened.random_access
 
 
 def open_source(name: str, source: SourceConfig, cache_dir: str) -> Source:
     """The documents that a section names: [data], or [data.sources.NAME]. Raises ValueError, in one line with the fix,
     for anything that cannot be read."""
     key = "data" if name == "data" else f"data.sources.{name}"
-    try:
-        opened = Source(name, find_files(source, key), source.text_field, cache_dir, key)
-        if not opened.check_first_records():
-            raise ValueError(f"{key}.paths = {list(source.paths)}: the corpus is empty, its files hold no record")
-    except SourceError as error:
-        raise ValueError(f"{key}.paths: {error}") from error
+    opened = Source(name, find_files(source, key), source.text_field, cache_dir, key)
+    if opened.numbering is not None and not opened.numbering.num_documents:
+        raise ValueError(f"{key}.paths = {list(source.paths)}: the corpus is empty, its files hold no record")
+    opened.check_text_field()
     return opened
 
 
