@@ -67,7 +67,7 @@ def test_what_a_run_saved_passes_and_is_described(run: Path, capsys: pytest.Capt
     num_tensors = len(dcp.FileSystemReader(run / "checkpoint" / NEWEST).read_metadata().state_dict_metadata)
     size = sum((run / "checkpoint" / NEWEST / name).stat().st_size for name in FILES if name != "manifest.json")
     assert described["holds"] == f"{num_tensors} tensors in 3 files, {size / 1e6:,.1f} MB"
-    assert told.splitlines()[-1] == "1 checkpoints: all right"
+    assert told.splitlines()[-1] == "1 checkpoint: all right"
 
 
 def test_all_checkpoints_of_a_run_are_checked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +134,7 @@ def test_a_damaged_or_missing_file_is_found_by_name(
     assert code == 1
     assert f"  WRONG    {step / name}: " in told
     assert told.count("WRONG") == 1
-    assert told.splitlines()[-1] == "1 checkpoints: 1 DAMAGED"
+    assert told.splitlines()[-1] == "1 checkpoint: 1 DAMAGED"
 
 
 def test_every_problem_is_named_at_once(step: Path) -> None:

@@ -59,9 +59,12 @@ def test_every_backend_of_the_cpu_passes(config: Path, dtype: str, capsys: pytes
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("variant", ["tie_embeddings", "attention_bias", "mlp_bias"])
-def test_every_kind_of_model_passes(config: Path, variant: str) -> None:
-    compared = found(config, f"--model.{variant}=true", "--activation_checkpoint.mode=selective")
+@pytest.mark.parametrize(
+    "variant",
+    ["model.tie_embeddings=true", "model.attention_bias=true", "model.mlp_bias=true", "data.packing=best_fit"],
+)
+def test_every_kind_of_model_and_of_rows_passes(config: Path, variant: str) -> None:
+    compared = found(config, f"--{variant}", "--activation_checkpoint.mode=selective")
     for backend in ("sdpa", "dense"):
         assert compared[backend].identical == dict.fromkeys(("positions", "logits", "loss", "gradients"), True)
 
@@ -206,6 +209,17 @@ def test_nothing_to_isolate_is_no_proof(tmp_path: Path, capsys: pytest.CaptureFi
     assert "rows holds two documents, so there is nothing to isolate: raise training.seq_len" in capsys.readouterr().err
 
 
+def test_a_corpus_may_end_before_the_search_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(60 * "w")
+    config = write_config(tmp_path, paths=str(tmp_path / "*.txt"), data__max_epochs=1, training__local_batch_size=1)
+    arguments = ["isolation", "--job.config_file", str(config)]
+    assert main([*arguments, "--training.global_batch_size=1"]) == 0
+    assert capsys.readouterr().out.startswith("training: step 1, 1 rows of 64 tokens")
+    assert main([*arguments, "--training.global_batch_size=8"]) == 1
+    assert "max_epochs = 1" in capsys.readouterr().err
+
+
 def test_first_middle_and_last_document_of_the_fullest_rows_are_chosen() -> None:
     rows = tokens_of([[40], [3, 5, 1, 1, 6, 4, 20], [20, 20], [4, 4, 4, 4, 4, 19, 1]], 40)
     chosen = [(d.row, d.begin, d.end) for d in choose_documents(rows, ByteTokenizerOf(EOS))]
@@ -286,7 +300,9 @@ def _loader(config: Config, tokenizer: Tokenizer) -> Any:
 
 
 @pytest.mark.slow
-def test_flex_forward_on_the_cpu_and_compiled_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_forward_on_the_cpu_and_compiled_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write_config(tmp_path, model__dim=64, training__seq_len=128, compile__enable=True)
     compared = found(config)
     assert sorted(compared) == ["dense", "dense+", "flex", "flex+", "sdpa", "sdpa+"]
@@ -296,6 +312,10 @@ def test_flex_forward_on_the_cpu_and_compiled_blocks(tmp_path: Path, monkeypatch
     monkeypatch.setattr(results, "build_documents", one_boundary_not_masked(results.build_documents))
     for backend, comparison in found(config).items():
         assert "logits differs by up to" in comparison.difference, backend
+    monkeypatch.undo()
+    assert main(["isolation", "--job.config_file", str(config), "--compile.enable=false"]) == 0
+    flex = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["training", "flex"])
+    assert flex.endswith("same       same    same    not compared: no backward pass here")
 
 
 @pytest.mark.gpu

@@ -68,7 +68,8 @@ def checkpoint(argv: list[str]) -> bool:
         if not audit.problems:
             print(f"  {'right':<8} every file has its size and checksum, every tensor was read, nothing else is here")
         num_bad += bool(audit.problems)
-    print(f"{len(paths)} checkpoints: " + (f"{num_bad} DAMAGED" if num_bad else "all right"))
+    counted = f"{len(paths)} checkpoint{'s' * (len(paths) > 1)}"
+    print(f"{counted}: {num_bad} DAMAGED" if num_bad else f"{counted}: all right")
     return num_bad == 0
 
 
@@ -114,7 +115,10 @@ def isolation(argv: list[str]) -> bool:
             print(f"{found.path:<10} {backend:<15} {dtype:<9} not run: {found.not_run}", flush=True)
             continue
         counts = (f"{n:,}" for n in (found.num_documents, found.num_tokens, found.num_replaced))
-        verdicts = ({True: "same", False: "DIFFER", None: "-"}[found.identical.get(kind)] for kind in kinds)
+        verdicts = (
+            {True: "same", False: "DIFFER", None: "not compared: no backward pass here"}[found.identical.get(kind)]
+            for kind in kinds
+        )
         print(table.format(found.path, backend, dtype, *counts, *verdicts).rstrip(), flush=True)
         if found.difference:
             faults.append(f"NOT ISOLATED: {found.path}, {backend}: {found.difference}")

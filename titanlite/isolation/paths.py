@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from titanlite.config import Config
+from titanlite.data.feed import EndOfData
 from titanlite.data.loader import build_loader
 from titanlite.model import check_rule
 from titanlite.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
         dp_rank=0,
         dp_degree=1,
     )
-    best = MicroBatch("", torch.empty(0), [])
+    best, searched = MicroBatch("", torch.empty(0), []), 0
     most = 3 * min(_COMPARED_ROWS, training.local_batch_size, training.global_batch_size)
     try:
         for step, batch in enumerate(loader, 1):
@@ -59,14 +60,18 @@ def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
                 documents = choose_documents(rows, tokenizer)
                 if len(documents) > len(best.documents):
                     best = MicroBatch(f"step {step}", rows, documents)
-            if len(best.documents) == most or step * training.global_batch_size >= _SEARCHED_ROWS:
+            searched += training.global_batch_size
+            if len(best.documents) == most or searched >= _SEARCHED_ROWS:
                 break
+    except EndOfData as end:
+        if not searched:
+            raise ValueError(str(end)) from end
     finally:
         loader.close()
     if not best.documents:
         raise ValueError(
-            f"none of the first {step * training.global_batch_size:,} rows holds two documents, so there is nothing to"
-            f" isolate: raise training.seq_len = {training.seq_len}, or name other data.paths"
+            f"none of the first {searched:,} rows holds two documents, so there is nothing to isolate: raise"
+            f" training.seq_len = {training.seq_len}, or name other data.paths"
         )
     return best
 
@@ -84,13 +89,17 @@ def choose_documents(rows: Tensor, tokenizer: Tokenizer) -> list[Document]:
     by_row = []
     for number, row in enumerate(rows.tolist()):
         begins = [0, *(i + 1 for i, token in enumerate(row[:-1]) if token == tokenizer.eos_id)]
-        goes_on = tokenizer.bos_id is not None and row[0] not in (tokenizer.bos_id, tokenizer.eos_id)
+        pieces = [
+            (begin, end)
+            for begin, end in itertools.pairwise([*begins, len(row)])
+            if min(end, len(row) - 1) - begin >= 2
+        ]
+        goes_on = tokenizer.bos_id is not None and row[0] != tokenizer.bos_id
         documents = []
-        for place, (begin, end) in enumerate(itertools.pairwise([*begins, len(row)]), 1):
-            name = f"row {number}, document {place} of {len(begins)}, {end - begin:,} tokens"
+        for place, (begin, end) in enumerate(pieces, 1):
+            name = f"row {number}, document {place} of {len(pieces)}, {end - begin:,} tokens"
             name += ", gone on from an earlier row" if goes_on and begin == 0 else ""
-            if min(end, len(row) - 1) - begin >= 2:
-                documents.append(Document(number, begin, end, name))
+            documents.append(Document(number, begin, end, name))
         if len(documents) >= 2:
             by_row.append(documents)
     by_row.sort(key=len, reverse=True)
