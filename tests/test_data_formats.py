@@ -515,14 +515,29 @@ def test_file_that_changes_while_it_is_read_in_order_is_never_silently_another(k
     path = write_kind(kind, texts)
     texts = ["".join(texts)] if kind == "txt" else texts
     stream = opened(path).records(0)
-    first = next(stream)
+    read = [next(stream)]
     changed(path, change)
-    found = outcome(lambda: [first, *stream])
+    found = outcome(lambda: [read.append(text) for text in stream])
+    if change != "overwritten":
+        assert read == texts[: len(read)]
+    else:
+        assert read[:-1] == texts[: len(read) - 1]  # the one whose bytes were fetched last may be of both
     if change in ("gone", "replaced") or kind == "txt":
-        assert found == texts
+        assert len(read) == len(texts)
     else:
         assert isinstance(found, SourceError)
         assert "changed" in str(found)
+
+
+def test_file_that_is_cut_where_reading_stands_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_kind("jsonl", ["a", "b"])
+    length = os.path.getsize(path) // 2
+    monkeypatch.setattr("titanlite.data.formats._READ_BYTES", length)
+    stream = opened(path).records(0)
+    assert next(stream) == "a"
+    os.truncate(path, length)
+    with pytest.raises(SourceError, match=r"^a\.jsonl:2: the file has changed"):
+        next(stream)
 
 
 def test_new_time_stamp_alone_is_no_change() -> None:
