@@ -396,6 +396,7 @@ def test_the_verb_prints_a_table_and_leaves_nothing_behind(config_file: Path) ->
     assert {name for name in left if not name.startswith("torchinductor")} == {"tmp"}  # torch's own cache
 
 
+@pytest.mark.slow
 def test_a_layout_that_cannot_run_is_named(config_file: Path) -> None:
     done = verb(config_file, "--layouts", "1x1,2x1", "--data.paths", "/nowhere/*.txt")
     assert done.returncode == 1
