@@ -163,7 +163,7 @@ def test_logged_steps_and_the_end_between_them(tmp_path: Path, capsys: pytest.Ca
     events = EventAccumulator(str(tmp_path / "run/tb")).Reload()
     assert [event.step for event in events.Scalars("checkpoint_seconds")] == [4, 8]
     assert all(0.1 < event.value < 40 for event in events.Scalars("documents_per_row"))
-    assert events.Scalars("data/data/epoch")[0].value < 1
+    assert events.Scalars("source/data/epoch")[0].value < 1
     capsys.readouterr()
 
     def stop_at_ten(self: Job, *arguments: Any) -> None:

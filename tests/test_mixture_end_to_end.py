@@ -104,5 +104,5 @@ def test_killed_twice_and_resumed_on_other_ranks_and_readers(tmp_path: Path, pac
     readers = json.loads((tmp_path / "whole/corpus.json").read_text())["sources"]
     assert {name for name, source in readers.items() if source["reader"] == "cached"} == {"web"}
     events = EventAccumulator(str(run / "tb")).Reload()
-    assert events.Scalars("data/books/targets")[-1].value == np.float32(ledgers["books"]["targets"])
+    assert events.Scalars("source/books/targets")[-1].value == np.float32(ledgers["books"]["targets"])
     assert metrics(run)[-1]["tokens"] == sum(ledger["targets"] for ledger in ledgers.values())

@@ -19,7 +19,7 @@ TensorBoard tags, over the optimiser step (the names in metrics.jsonl are the sa
     * bad_records                 left out so far
     * padding_fraction            share of the tokens of all rows so far that are pads; see data.packing
     * cut_fraction                share of the documents so far that a row could hold and that lie in two
-    * data/SOURCE/...             of each source: epoch, as a fraction, and the counts of its ledger (data/stream.py):
+    * source/NAME/...             of each source: epoch, as a fraction, and the counts of its ledger (data/stream.py):
                                   tokens_read = targets + document_first + carried + dropped; padding, bytes, ...
 """
 

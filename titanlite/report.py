@@ -165,8 +165,8 @@ def _data_scalars(batch: Batch) -> dict[str, float]:
         "cut_fraction": ledger["cut"] / max(1, ledger["fitting"]),
     }
     for name, counts in batch.source_ledgers.items():
-        scalars |= {f"data/{name}/{key}": count for key, count in counts.items()}
-        scalars[f"data/{name}/epoch"] = batch.epochs[name]
+        scalars |= {f"source/{name}/{key}": count for key, count in counts.items()}
+        scalars[f"source/{name}/epoch"] = batch.epochs[name]
     return scalars
 
 
