@@ -82,13 +82,14 @@ def test_cached_documents_equal_streamed_ones(
         assert reader.num_bad_records == len(whole.bad)
 
 
-def test_compressed_files_get_their_numbers_from_the_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [200, 10**6])  # a shard per file, or one for all
+def test_compressed_files_get_their_numbers_from_the_cache(tmp_path: Path, size: int) -> None:
     texts = [f"document {i} " * (i % 9) for i in range(90)]
     for plain, packed, part in (("a.jsonl", "a.jsonl.gz", texts[:50]), ("b.jsonl", "b.jsonl.gz", texts[50:])):
         write_jsonl(tmp_path / plain, part)
         write_jsonl(tmp_path / packed, part)
     (tmp_path / "empty.jsonl").touch()
-    with small_shards(200):
+    with small_shards(size):
         plain = cached(source_of(tmp_path, "a.jsonl", "empty.jsonl", "b.jsonl"), tmp_path)
         packed = cached(source_of(tmp_path, "a.jsonl.gz", "empty.jsonl", "b.jsonl.gz"), tmp_path)
         assert same(everything(plain), everything(packed))
@@ -165,11 +166,14 @@ def test_a_shard_that_vanishes_ends_the_reading(
     folder, source = five_shards
     monkeypatch.setattr(token_cache, "_MAPPED_SHARDS", 1)
     reader = cached(source, folder)
-    (folder / "cache" / plan_shards(source, ByteTokenizer().fingerprint)[2].name).unlink()
+    portions = plan_shards(source, ByteTokenizer().fingerprint)
+    for gone in (2, 4):
+        (folder / "cache" / portions[gone].name).unlink()
     got = everything(reader)
     assert len(got.lengths) == 40
     assert len(got.ids) == 40 * 42
     assert isinstance(got.error, SourceError)
+    assert portions[2].name in str(got.error)
     with pytest.raises(SourceError, match="gone"):
         reader.lengths(np.array([50]))
 
