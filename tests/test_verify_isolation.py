@@ -19,7 +19,7 @@ from titanlite.config import Config, load_config
 from titanlite.data.loader import Batch, Loader, build_loader
 from titanlite.isolation import results
 from titanlite.isolation.compare import Comparison, build_model, compare
-from titanlite.isolation.paths import Document, choose_documents, noisy
+from titanlite.isolation.paths import Kept, choose_documents, noisy
 from titanlite.isolation.results import measure
 from titanlite.model import document_starts, llama, realise
 from titanlite.parallel.mesh import build_mesh
@@ -48,11 +48,14 @@ def test_every_backend_of_the_cpu_passes(config: Path, dtype: str, capsys: pytes
     assert re.fullmatch(r"training: step \d+, 4 rows of 64 tokens", lines[0])
     named = [line for line in lines if line.startswith("  row ")]
     assert len(named) == 6
+    assert [line.strip() for line in lines[7:9]] == [
+        f"every second document of every row, from the {which} on" for which in ("first", "second")
+    ]
     assert sum("document 1 of" in line for line in named) == 2
     assert any("gone on from an earlier row" in line for line in named)
     for backend in ("sdpa", "dense"):
         row = next(line for line in lines if line.split()[:3] == ["training", backend, dtype])
-        assert row.split()[3] == "6"
+        assert int(row.split()[3]) >= 6 + 2 * 4
         assert row.endswith("same       same    same    same")
     assert any("flex" in line and "not run: flex takes multiples of 128" in line for line in lines)
     assert lines[-1] == "isolated: no bit differs"
@@ -222,9 +225,19 @@ def test_a_corpus_may_end_before_the_search_does(tmp_path: Path, capsys: pytest.
 
 def test_first_middle_and_last_document_of_the_fullest_rows_are_chosen() -> None:
     rows = tokens_of([[40], [3, 5, 1, 1, 6, 4, 20], [20, 20], [4, 4, 4, 4, 4, 19, 1]], 40)
-    chosen = [(d.row, d.begin, d.end) for d in choose_documents(rows, ByteTokenizerOf(EOS))]
+    *chosen, odd, even = [kept.pieces for kept in choose_documents(rows, ByteTokenizerOf(EOS))]
     # Row 1 has five of more than one input: 3, 5, 6, 4, 20; row 3 has six; the other two fewer.
-    assert chosen == [(3, 0, 4), (3, 12, 16), (3, 20, 39), (1, 0, 3), (1, 10, 16), (1, 20, 40)]
+    assert chosen == [[(3, 0, 4)], [(3, 12, 16)], [(3, 20, 39)], [(1, 0, 3)], [(1, 10, 16)], [(1, 20, 40)]]
+    assert odd == [
+        *[(0, 0, 40)],
+        *[(1, 0, 3), (1, 8, 9), (1, 10, 16), (1, 20, 40)],
+        *[(2, 0, 20)],
+        *[(3, 0, 4), (3, 8, 12), (3, 16, 20), (3, 39, 40)],
+    ]
+    both = torch.zeros_like(rows)
+    for row, begin, end in odd + even:
+        both[row, begin:end] += 1
+    assert torch.equal(both, torch.ones_like(rows))
 
 
 class ByteTokenizerOf(ByteTokenizer):
@@ -238,17 +251,18 @@ class ByteTokenizerOf(ByteTokenizer):
 def test_a_document_that_begins_with_the_last_target_is_another_one() -> None:
     rows = tokens_of([[30, 10]], 40)
     rows = torch.cat([rows, torch.tensor([[7]])], 1)
-    documents = choose_documents(rows, ByteTokenizerOf(EOS))
-    assert [(d.begin, d.end) for d in documents] == [(0, 30), (30, 40)]
-    assert noisy(rows, documents[1], EOS, 50)[0, 40] != 7
+    comparisons = choose_documents(rows, ByteTokenizerOf(EOS))
+    assert [kept.pieces for kept in comparisons[:2]] == [[(0, 0, 30)], [(0, 30, 40)]]
+    assert noisy(rows, comparisons[1], EOS, 50)[0, 40] != 7
+    assert comparisons[2].pieces == [(0, 0, 30), (0, 40, 41)]
+    assert comparisons[2].positions(40).tolist() == list(range(30))
 
 
 def test_noise_replaces_all_but_the_document_and_the_boundaries() -> None:
     rows = tokens_of([[40, 30, 57], [1, 1, 125]], 128)
     for vocab_size in (9, 300):
         for seed in range(30):
-            document = Document(0, 40, 70 + seed, "")
-            noise = noisy(rows, document, EOS, vocab_size)
+            noise = noisy(rows, Kept("", [(0, 40, 70 + seed)]), EOS, vocab_size)
             inside = torch.zeros_like(rows, dtype=torch.bool)
             inside[0, 40 : 70 + seed] = True
             assert torch.equal(noise[inside], rows[inside])
@@ -272,7 +286,7 @@ def test_the_parts_add_up_to_what_the_trainer_trains(config: Path) -> None:
     for number, row in enumerate(rows[:, :-1].tolist()):
         begins = [0, *(i + 1 for i, token in enumerate(row) if token == tokenizer.eos_id and i + 1 < len(row))]
         for begin, end in zip(begins, [*begins[1:], len(row) + 1], strict=True):
-            part = measure(model, Document(number, begin, end, ""), tokenizer.eos_id, "sdpa", num_targets, False, rows)
+            part = measure(model, Kept("", [(number, begin, end)]), tokenizer.eos_id, "sdpa", num_targets, False, rows)
             loss += part["loss"]["sum of the loss terms"]
             embedded = part["gradients"].pop("gradient of its embedded tokens")
             ids = rows[number, begin : begin + len(embedded)]
@@ -299,19 +313,39 @@ def _loader(config: Config, tokenizer: Tokenizer) -> Any:
     return build_loader(config.data, tokenizer, dp_rank=0, dp_degree=1, **options)
 
 
+def test_where_flex_cannot_be_compiled_for_the_cpu_the_others_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = results.build_documents
+
+    def build_documents(tokens: Tensor, eos_id: int, backend: str) -> Any:
+        if backend == "flex":
+            raise RuntimeError("no C++ compiler\nand a long story")
+        return right(tokens, eos_id, backend)
+
+    monkeypatch.setattr(results, "build_documents", build_documents)
+    compared = found(write_config(tmp_path, model__dim=64, training__seq_len=128))
+    assert compared["flex"].not_run == "no C++ compiler"
+    assert compared["sdpa"].identical == compared["dense"].identical
+    assert compared["sdpa"].identical["gradients"]
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the compiler's own
 def test_flex_forward_on_the_cpu_and_compiled_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path, model__dim=64, training__seq_len=128, compile__enable=True)
     compared = found(config)
-    assert sorted(compared) == ["dense", "dense+", "flex", "flex+", "sdpa", "sdpa+"]
+    # torch 2.13 cannot lower flex inside a larger graph for the CPU, which no run asks for: told, not passed over.
+    assert bool(compared["flex+"].not_run) != bool(compared.pop("flex+").identical)
+    assert sorted(compared) == ["dense", "dense+", "flex", "sdpa", "sdpa+"]
     for backend, comparison in compared.items():
         kinds = ("positions", "logits", "loss", *(() if backend.startswith("flex") else ("gradients",)))
         assert comparison.identical == dict.fromkeys(kinds, True), backend
     monkeypatch.setattr(results, "build_documents", one_boundary_not_masked(results.build_documents))
     for backend, comparison in found(config).items():
-        assert "logits differs by up to" in comparison.difference, backend
+        assert "logits differs by up to" in comparison.difference or backend == "flex+", backend
     monkeypatch.undo()
     assert main(["isolation", "--job.config_file", str(config), "--compile.enable=false"]) == 0
     flex = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["training", "flex"])

@@ -15,9 +15,10 @@ usage: python -m titanlite.verify checkpoint DIR
 
 checkpoint   Read every byte and every tensor of the checkpoints in DIR (a step's folder, a folder of checkpoints or a
              run's folder) and name each file that is damaged, missing or unknown. Needs no GPU, no model and no run.
-isolation    On the data and the model of a run, replace every document but one by noise and show that no bit of that
-             one's positions, logits, loss terms and gradients changes, on every path that prepares batches and with
-             every attention backend that can run here. Takes the options of titanlite.train.
+isolation    On the data and the model of a run, put noise in the place of every document but one (then of every second
+             one) and show that no bit of what stays is another: positions, logits, loss terms and gradients, on every
+             path that prepares batches and with every attention backend that can run here. Takes the options of
+             titanlite.train.
 
 Exit code: 0 if all is well, 1 if not, with the first thing wrong named.
 """
@@ -107,7 +108,7 @@ def isolation(argv: list[str]) -> bool:
     for batch, found in compare(config, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
         if batch is not last:
             print(f"{found.path}: {batch.origin}, {len(batch.rows)} rows of {batch.rows.shape[1] - 1:,} tokens")
-            print(*(f"  {document.name}" for document in batch.documents), sep="\n")
+            print(*(f"  {kept.name}" for kept in batch.comparisons), sep="\n")
             print(table.format("path", "backend", "dtype", "documents", "tokens", "replaced", *kinds))
             last = batch
         backend, dtype = found.backend + ", compiled" * found.compiled, str(found.dtype).removeprefix("torch.")

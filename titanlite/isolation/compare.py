@@ -1,4 +1,4 @@
-"""Document isolation on a user's own rows: noise in every other document changes no bit of one document.
+"""Document isolation on a user's own rows: noise in all other documents changes no bit of those that are kept.
 
 Runs training's own parts (loader, document rule, model, loss) with the weights and types of step 1, on one device and
 without a process group: what FSDP2 and tensor parallelism add to a step is not looked at here.
@@ -32,9 +32,9 @@ class Comparison:
     dtype: torch.dtype
     num_documents: int = 0
     num_tokens: int = 0
-    """Of the compared documents."""
+    """Kept, and compared; as all counts, in all comparisons together."""
     num_replaced: int = 0
-    """Tokens of other documents that noise replaced, in all comparisons together."""
+    """Tokens of other documents that noise replaced."""
     identical: dict[str, bool] = field(default_factory=dict)
     """By kind of result; one that could not be computed is missing."""
     difference: str = ""
@@ -83,27 +83,34 @@ def compare(config: Config, device: torch.device) -> Iterator[tuple[MicroBatch, 
                     )
                 except ValueError as error:
                     comparison.not_run = str(error).partition(": ")[2]
-                else:
+                    yield batch, comparison
+                    continue
+                try:
                     with deterministic_algorithms():
                         _compare(model, batch, comparison, tokenizer.eos_id, forward_only)
+                except RuntimeError as error:
+                    if not forward_only:  # which no run needs: it takes a C++ compiler
+                        raise
+                    comparison.not_run = str(error).partition("\n")[0]
                 yield batch, comparison
 
 
 def _compare(model: Llama, batch: MicroBatch, comparison: Comparison, eos_id: int, forward_only: bool) -> None:
     rows = batch.rows.to(model.output.weight.device)
     num_targets = int((labels(rows, eos_id) != IGNORE_INDEX).sum())
-    for document in batch.documents:
-        run = partial(measure, model, document, eos_id, comparison.backend, num_targets, forward_only)
-        noise = noisy(batch.rows, document, eos_id, model.config.vocab_size)
+    for kept in batch.comparisons:
+        run = partial(measure, model, kept, eos_id, comparison.backend, num_targets, forward_only)
+        noise = noisy(batch.rows, kept, eos_id, model.config.vocab_size)
         exact = run(rows)
-        for kind, difference in differences(demanded(exact, model), run(noise.to(rows.device))).items():
+        wanted = demanded(exact, kept, model, rows.shape[1] - 1)
+        for kind, difference in differences(wanted, run(noise.to(rows.device))).items():
             comparison.identical[kind] = comparison.identical.get(kind, True) and not difference
             if difference and not comparison.difference:
                 if any(differences(exact, run(rows)).values()):
                     difference += "; so do the same rows twice: a kernel is not deterministic here"
-                comparison.difference = f"{document.name}: {difference}"
-        comparison.num_documents += 1
-        comparison.num_tokens += document.end - document.begin
+                comparison.difference = f"{kept.name}: {difference}"
+        comparison.num_documents += len(kept.pieces)
+        comparison.num_tokens += kept.num_tokens
         comparison.num_replaced += int((noise != batch.rows).sum())
 
 

@@ -20,27 +20,44 @@ _SEARCHED_ROWS = 1000
 _COMPARED_ROWS = 2
 
 
-@dataclass(frozen=True)
-class Document:
-    """The piece of a document that lies in row `row`, from token `begin` to before `end` of its seq_len + 1 tokens."""
+Piece = tuple[int, int, int]
+"""What a row holds of a document: row, first token, and the one behind the last, of the row's seq_len + 1."""
 
-    row: int
-    begin: int
-    end: int
+
+@dataclass(frozen=True)
+class Kept:
+    """Documents that stay when noise replaces all others."""
+
     name: str
+    pieces: list[Piece]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(end - begin for _, begin, end in self.pieces)
+
+    def mask(self, rows: Tensor) -> Tensor:
+        """True where `rows`, or inputs without their last column, hold a token of these documents."""
+        mask = torch.zeros_like(rows, dtype=torch.bool)
+        for row, begin, end in self.pieces:
+            mask[row, begin:end] = True
+        return mask
+
+    def positions(self, seq_len: int) -> Tensor:
+        """The index of each of their inputs in its own document, in the order of the rows."""
+        return torch.cat([torch.arange(min(end, seq_len) - begin) for _, begin, end in self.pieces])
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows [B, seq_len + 1] that the model takes at once, and the documents to compare in them."""
+    """Rows [B, seq_len + 1] that the model takes at once, and what to keep of them, one comparison each."""
 
     origin: str
     rows: Tensor
-    documents: list[Document]
+    comparisons: list[Kept]
 
 
 def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
-    """The first micro-batch with as many documents to compare as there can be; else the one that comes nearest."""
+    """The first micro-batch with as many comparisons as there can be; else the one that comes nearest."""
     training = config.training
     loader = build_loader(
         config.data,
@@ -52,23 +69,23 @@ def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
         dp_degree=1,
     )
     best, searched = MicroBatch("", torch.empty(0), []), 0
-    most = 3 * min(_COMPARED_ROWS, training.local_batch_size, training.global_batch_size)
+    most = 3 * min(_COMPARED_ROWS, training.local_batch_size, training.global_batch_size) + 2
     try:
         for step, batch in enumerate(loader, 1):
             check_rule(batch.rows, batch.starts, tokenizer.eos_id)
             for rows in batch.rows.split(training.local_batch_size):
-                documents = choose_documents(rows, tokenizer)
-                if len(documents) > len(best.documents):
-                    best = MicroBatch(f"step {step}", rows, documents)
+                comparisons = choose_documents(rows, tokenizer)
+                if len(comparisons) > len(best.comparisons):
+                    best = MicroBatch(f"step {step}", rows, comparisons)
             searched += training.global_batch_size
-            if len(best.documents) == most or searched >= _SEARCHED_ROWS:
+            if len(best.comparisons) == most or searched >= _SEARCHED_ROWS:
                 break
     except EndOfData as end:
         if not searched:
             raise ValueError(str(end)) from end
     finally:
         loader.close()
-    if not best.documents:
+    if not best.comparisons:
         raise ValueError(
             f"none of the first {searched:,} rows holds two documents, so there is nothing to isolate: raise"
             f" training.seq_len = {training.seq_len}, or name other data.paths"
@@ -80,38 +97,41 @@ PATHS: dict[str, Callable[[Config, Tokenizer], MicroBatch]] = {"training": train
 """Every path that prepares batches."""
 
 
-def choose_documents(rows: Tensor, tokenizer: Tokenizer) -> list[Document]:
-    """First, middle and last document of those rows [B, seq_len + 1] that hold most, and more than one.
+def choose_documents(rows: Tensor, tokenizer: Tokenizer) -> list[Kept]:
+    """What to keep of rows [B, seq_len + 1]; nothing where no row holds two documents.
 
-    A document ends with an eos or with its row: written out here, so as not to trust the rule that is on trial. One
-    of a single input is not chosen: it predicts nothing and could not be noise to another one.
+    One at a time the first, the middle and the last document of those rows that hold most; then every second document
+    of all rows at once, so that each boundary has noise on either side once. A document ends with an eos or with its
+    row: written out here, so as not to trust the rule that is on trial. One of a single input (a pad) counts only in
+    the last two: it predicts nothing and could not be noise to another one.
     """
-    by_row = []
+    by_row: list[list[Kept]] = []
+    every_second: tuple[list[Piece], list[Piece]] = ([], [])
     for number, row in enumerate(rows.tolist()):
         begins = [0, *(i + 1 for i, token in enumerate(row[:-1]) if token == tokenizer.eos_id)]
-        pieces = [
-            (begin, end)
-            for begin, end in itertools.pairwise([*begins, len(row)])
-            if min(end, len(row) - 1) - begin >= 2
-        ]
+        pieces = [(number, begin, end) for begin, end in itertools.pairwise([*begins, len(row)])]
+        for place, piece in enumerate(pieces):
+            every_second[place % 2].append(piece)
+        pieces = [(row, begin, end) for row, begin, end in pieces if min(end, rows.shape[1] - 1) - begin >= 2]
         goes_on = tokenizer.bos_id is not None and row[0] != tokenizer.bos_id
-        documents = []
-        for place, (begin, end) in enumerate(pieces, 1):
+        kept = []
+        for place, (_, begin, end) in enumerate(pieces, 1):
             name = f"row {number}, document {place} of {len(pieces)}, {end - begin:,} tokens"
             name += ", gone on from an earlier row" if goes_on and begin == 0 else ""
-            documents.append(Document(number, begin, end, name))
-        if len(documents) >= 2:
-            by_row.append(documents)
+            kept.append(Kept(name, [(number, begin, end)]))
+        if len(kept) >= 2:
+            by_row.append(kept)
     by_row.sort(key=len, reverse=True)
-    return [found[i] for found in by_row[:_COMPARED_ROWS] for i in sorted({0, len(found) // 2, len(found) - 1})]
+    chosen = [kept[i] for kept in by_row[:_COMPARED_ROWS] for i in sorted({0, len(kept) // 2, len(kept) - 1})]
+    if chosen:
+        for which, pieces in zip(("first", "second"), every_second, strict=True):
+            chosen.append(Kept(f"every second document of every row, from the {which} on", pieces))
+    return chosen
 
 
-def noisy(rows: Tensor, document: Document, eos_id: int, vocab_size: int) -> Tensor:
-    """`rows` with another random id for every token outside the document; each eos stays, and none is added."""
-    generator = torch.Generator().manual_seed(document.row << 32 | document.begin)
+def noisy(rows: Tensor, kept: Kept, eos_id: int, vocab_size: int) -> Tensor:
+    """`rows` with another random id for every token of other documents; each eos stays, and none is added."""
+    generator = torch.Generator().manual_seed(kept.num_tokens)
     noise = (rows + torch.randint(1, vocab_size - 1, rows.shape, generator=generator)) % vocab_size
     noise = torch.where(noise == eos_id, (noise + 1) % vocab_size, noise)
-    noise = torch.where(rows == eos_id, rows, noise)
-    piece = document.row, slice(document.begin, document.end)
-    noise[piece] = rows[piece]
-    return noise
+    return torch.where((rows == eos_id) | kept.mask(rows), rows, noise)

@@ -1,4 +1,4 @@
-"""What training computes of one document, what of it must stay when all else becomes noise, and the comparison.
+"""What training computes of some documents, what of it must stay when all else becomes noise, and the comparison.
 
 Bits are compared and there is no tolerance. That is sound: under deterministic algorithms no kernel here lets values
 decide the order of its work, lengths are kept, and what a mask leaves out counts as an exact zero. The one exception is
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from titanlite.isolation.paths import Document
+from titanlite.isolation.paths import Kept
 from titanlite.loss import cross_entropy_sum
 from titanlite.model import IGNORE_INDEX, Llama, build_documents, labels
 from titanlite.model.rope import rope_cos_sin
@@ -21,32 +21,31 @@ Results = dict[str, dict[str, Tensor]]
 
 
 def measure(
-    model: Llama, document: Document, eos_id: int, backend: str, divisor: int, forward_only: bool, rows: Tensor
+    model: Llama, kept: Kept, eos_id: int, backend: str, divisor: int, forward_only: bool, rows: Tensor
 ) -> Results:
-    """What training computes of one document: the rotary angles that each block gets, its logits, the sum of its loss
-    terms over `divisor`, and the gradients of that sum: of the embedded tokens of all rows, and of every parameter."""
+    """What training computes of the kept documents: the rotary angles that each block gets, their logits, the sum of
+    their loss terms over `divisor`, and the gradients of that sum: of the embedded tokens of all rows, and of every
+    parameter."""
     tokens = rows[:, :-1]
-    place = document.row, slice(document.begin, min(document.end, tokens.shape[1]))
-    targets = labels(rows, eos_id)
-    own_targets = torch.full_like(targets, IGNORE_INDEX)
-    own_targets[place] = targets[place]
+    mask = kept.mask(tokens)
     with torch.set_grad_enabled(not forward_only), _observed(model) as (embedded, angles):
         hidden = model(tokens, build_documents(tokens, eos_id, backend))
+        own_targets = labels(rows, eos_id).masked_fill(~mask, IGNORE_INDEX)
         loss = cross_entropy_sum(hidden, model.output, own_targets) / divisor
-        logits = model.output(hidden[document.row].detach())[place[1]]
+        named = {"": embedded[0], **dict(model.named_parameters())}
+        found = () if forward_only else torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    with torch.no_grad():
+        logits = [model.output(row)[its_mask] for row, its_mask in zip(hidden, mask, strict=True)]
     results: Results = {
-        "positions": {f"rotary angles in {name}": angle[place] for name, angle in angles.items()},
-        "logits": {"logits": logits.detach()},
+        "positions": {f"rotary angles in {name}": angle[mask] for name, angle in angles.items()},
+        "logits": {"logits": torch.cat(logits)},
         "loss": {"sum of the loss terms": loss.detach()},
     }
     if not forward_only:
-        named = {"": embedded[0], **dict(model.named_parameters())}
-        gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
-        others = gradients.pop("")
-        assert others is not None
-        own = others[place].clone()
-        others[place] = 0
-        results["gradients"] = {_OTHERS: others, "gradient of its embedded tokens": own}
+        gradients = dict(zip(named, found, strict=True))
+        of_tokens = gradients.pop("")
+        assert of_tokens is not None
+        results["gradients"] = {_OTHERS: of_tokens[~mask], "gradient of its embedded tokens": of_tokens[mask]}
         results["gradients"] |= {f"gradient of {name}": g for name, g in gradients.items() if g is not None}
     return results
 
@@ -54,11 +53,11 @@ def measure(
 _OTHERS = "gradient of the embedded tokens of other documents"
 
 
-def demanded(results: Results, model: Llama) -> Results:
-    """What must come out with noise: the same results, with the angles of a document that stands alone, and with no
-    trace of its loss in the gradients of other documents."""
+def demanded(results: Results, kept: Kept, model: Llama, seq_len: int) -> Results:
+    """What must come out with noise: the same results, with the angles of documents that stand alone, and with no
+    trace of their loss in the gradients of other documents."""
     weight, angles = model.output.weight, results["positions"]
-    positions = torch.arange(len(results["logits"]["logits"]), device=weight.device).unsqueeze(0)
+    positions = kept.positions(seq_len).to(weight.device).unsqueeze(0)
     alone = torch.cat(rope_cos_sin(positions, model.config, torch.promote_types(weight.dtype, torch.float32)), -1)[0]
     wanted = {**results, "positions": dict.fromkeys(angles, alone)}
     if "gradients" in results:
