@@ -26,7 +26,8 @@ from titanlite.comparison import Difference, Run, compare, listed, relative_diff
 from titanlite.config import CompileConfig, Config
 from titanlite.launch import RanksFailed, run_ranks
 from titanlite.layouts import Layout, read_layouts
-from titanlite.model import Documents, llama
+from titanlite.model import Documents, Llama, llama
+from titanlite.parallel.mesh import Mesh
 from titanlite.parity import main
 from titanlite.recording import RankRecord, StepRecord, _random, _sketch, record
 from titanlite.trainer import StepResult, Trainer
@@ -171,7 +172,12 @@ def frozen_embedding(patch: pytest.MonkeyPatch, rank: int) -> None:
     from titanlite.parallel import apply
 
     exact = apply.apply_tp
-    patch.setattr(apply, "apply_tp", lambda model, mesh, keep_autograd: exact(model, mesh, False))
+
+    def without_the_last_hook(model: Llama, mesh: Mesh) -> None:
+        exact(model, mesh)
+        model.tok_embeddings._forward_hooks.popitem()
+
+    patch.setattr(apply, "apply_tp", without_the_last_hook)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def parallelize(
     reduction. FSDP2 is applied at every degree, also 1, so that mixed precision is the same everywhere.
     """
     if mesh.tp.size() > 1:
-        apply_tp(model, mesh, keep_autograd=compile.enable)
+        apply_tp(model, mesh)
     if activation_checkpoint.mode != "none":
         apply_activation_checkpoint(model, activation_checkpoint.mode)
     if compile.enable:
@@ -50,7 +50,7 @@ def parallelize(
     apply_fsdp(model, mesh, parallelism, param_dtype, reduce_dtype)
 
 
-def apply_tp(model: Llama, mesh: Mesh, keep_autograd: bool) -> None:
+def apply_tp(model: Llama, mesh: Mesh) -> None:
     """Tensor parallelism. Between blocks the sequence is split; the logits are over the vocabulary."""
     parallelize_module(
         model,
@@ -80,10 +80,10 @@ def apply_tp(model: Llama, mesh: Mesh, keep_autograd: bool) -> None:
         parallelize_module(block, mesh.tp, block_plan)
     if model.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    if keep_autograd:
-        # The embedding's output is an AsyncCollectiveTensor, which loses its autograd history at the border of a
-        # compiled block: the embedding would get a gradient of zero, in silence. Any differentiable op keeps it.
-        model.tok_embeddings.register_forward_hook(lambda module, inputs, output: output + 0.0)
+    # The embedding's output is an AsyncCollectiveTensor, which loses its autograd history at the border of a compiled
+    # block: the embedding would get a gradient of zero, in silence. Any differentiable op keeps it. Uncompiled, FSDP2
+    # would warn of a view.
+    model.tok_embeddings.register_forward_hook(lambda module, inputs, output: output + 0.0)
 
 
 def apply_activation_checkpoint(model: Llama, mode: str) -> None:
