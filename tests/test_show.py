@@ -39,7 +39,7 @@ BEGIN, END = "<|begin|>", "<|end|>"
 
 def texts(letter: str, num_documents: int) -> list[str]:
     """Of 0 to 200 characters, many of more than one byte; each names itself."""
-    return [f"{letter}{i} " + "aé€😀"[i % 4] * (i * 37 % 200) if i % 7 else "" for i in range(num_documents)]
+    return [f"{letter}{i} " + "\té€😀"[i % 4] * (i * 37 % 200) if i % 7 else "" for i in range(num_documents)]
 
 
 def write_jsonl(path: Path, documents: list[str]) -> str:
@@ -537,6 +537,15 @@ def test_answers_within_two_seconds_and_without_torch(tmp_path: Path) -> None:
     for text, seconds in (by_run, by_cache, by_windows):
         assert text.splitlines()[-1] == "[]"
         assert seconds < 2
+
+
+@pytest.mark.slow
+def test_a_run_of_the_trainer_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_config(tmp_path, data__packing="best_fit", checkpoint__enable=False)
+    command = [sys.executable, "-m", "titanlite.train", "--job.config_file", str(path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    for step, found in tiny_run.fingerprints(tmp_path / "run").items():
+        assert f"batch {found}, as the run logged it" in shown(capsys, "--run", tmp_path / "run", "--step", step)
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from titanlite.data import survey as survey_module
 from titanlite.data.corpus import open_corpus
 from titanlite.data.survey import Survey, pack, survey
 from titanlite.tokenizer import Tokenizer
+from titanlite.transcript import _Pooled as Pooled
 
 
 def naive_split(lengths: list[int], num_rows: int, seq_len: int) -> tuple[int, int, int, int]:
@@ -144,3 +145,12 @@ def test_statistics_of_a_mixture_add_up(tmp_path: Path, capsys: pytest.CaptureFi
     assert re.search(r"^all +~[\d]+ +~[\d,]+ ", estimated, re.MULTILINE)
     assert re.search(r"^~ source a: estimated from (16|24|32) documents drawn at random", estimated, re.MULTILINE)
     assert "held out of training (data.held_out_fraction) are not counted" in estimated
+
+
+def test_a_sampled_document_counts_for_those_it_stands_for() -> None:
+    few = Survey(np.array([10, 20, 30]), num_documents=30, num_looked_at=3, is_whole=False)
+    many = Survey(np.array([100, 200]), num_documents=70, num_looked_at=2, is_whole=False)
+    pooled = Pooled({"few": few, "many": many})
+    assert (pooled.num_documents, pooled.num_tokens, pooled.about) == (100, 600 + 10500, "~")
+    assert [pooled.quantile(share) for share in (0.1, 0.11, 0.3, 0.31, 0.65, 0.66)] == [10, 20, 30, 100, 100, 200]
+    assert pooled.share(pooled.lengths > 100) == pytest.approx(0.35)

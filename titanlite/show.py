@@ -162,7 +162,7 @@ def show_step(config: Config, options: argparse.Namespace) -> bool:
             threads.close()
             threads.join(5)
     fingerprint = f"{fingerprint_part(np.array([row_digest(row) for row in rows.tokens], np.uint64), 0):016x}"
-    print(_header(step, rows, corpus, fingerprint))
+    print(_header(step, rows, corpus, fingerprint), end="\n\n")
     if options.row is None:
         print(step_text(rows, corpus, tokenizer))
     else:

@@ -41,7 +41,7 @@ def pieces_of(rows: StepRows, row: int, corpus: Corpus, eos_id: int) -> list[Pie
     counters = rows.counters[row]
     ends = np.append(rows.starts[row][1:], len(tokens))
     # In "split" the token behind the inputs may belong to a next document: then it is no target and no piece.
-    if counters[-1] >= 0 and ends[-1] - rows.starts[row][-1] > 1 and tokens[-2] == eos_id:
+    if ends[-1] - rows.starts[row][-1] > 1 and tokens[-2] == eos_id:
         ends[-1] -= 1
     documents = source.order.documents(np.maximum(counters, 0))
     pieces: list[Piece] = []
