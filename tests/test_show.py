@@ -379,8 +379,10 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path = make_config(tmp_path)
     train(load(path))
     here, folder = ("--job.config_file", path), tmp_path / "run"
-    (tmp_path / "logless").mkdir()
-    (tmp_path / "logless" / "config.toml").write_text((folder / "config.toml").read_text())
+    for name in ("logless", "empty"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.toml").write_text((folder / "config.toml").read_text())
+    (tmp_path / "empty" / "cursor.jsonl").touch()
     mistakes: list[tuple[list[Any], str]] = [
         ([], "name a step with --step N"),
         ([*here], "name a step with --step N"),
@@ -398,6 +400,8 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--run", tmp_path / "logless", "--step", 2], "cursor.jsonl: no such file, so the run has no cursor log"),
         (["--run", folder, "--step", 11], "begin where step 10 ended, and " + str(folder / "cursor.jsonl")),
         (["--run", folder, "--step", 11], "holds the steps 1 to 9"),
+        (["--run", tmp_path / "empty", "--step", 2], "begin where step 1 ended"),
+        (["--run", tmp_path / "empty", "--step", 2], "holds no step"),
         ([*here, "--step", 500, "--data.max_epochs", 1], "--step 500 lies beyond the end of the data: the data ended"),
         (["--run", folder, "--step", 2, "--training.seed", 1], "training.seed was 0 and is 1"),
         (["--run", folder, "--step", 1, "--training.seed", 1], "training.seed was 0 and is 1"),

@@ -234,8 +234,8 @@ def logged(path: Path, step: int | None, or_later: bool = False) -> dict[str, An
     with open(path, "rb") as log:
 
         def first_from(offset: int) -> dict[str, Any] | None:
-            """The first line that begins at or behind a place in the file."""
-            log.seek(max(0, offset - 1))
+            """The first line that begins behind a place in the file; from 0 on also the first of all."""
+            log.seek(offset)
             if offset:
                 log.readline()
             return next((entry for entry in map(_parse, log) if entry is not None), None)
