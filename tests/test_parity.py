@@ -22,14 +22,14 @@ from tests.gloo import ranks
 from tests.tiny_run import descendants, text, write_config
 from titanlite import job as job_module
 from titanlite import trainer as trainer_module
-from titanlite.comparison import Difference, Run, compare, listed, relative_difference
 from titanlite.config import CompileConfig, Config
-from titanlite.launch import RanksFailed, run_ranks
-from titanlite.layouts import Layout, read_layouts
+from titanlite.invariance.comparison import Difference, Run, compare, listed, relative_difference
+from titanlite.invariance.launch import RanksFailed, run_ranks
+from titanlite.invariance.layouts import Layout, read_layouts
+from titanlite.invariance.recording import RankRecord, StepRecord, _random, _sketch, record
 from titanlite.model import Documents, Llama, llama
 from titanlite.parallel.mesh import Mesh
 from titanlite.parity import main
-from titanlite.recording import RankRecord, StepRecord, _random, _sketch, record
 from titanlite.trainer import StepResult, Trainer
 
 STEPS, BOUND = 2, 1e-9

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titanlite.layouts import SYNTAX, Layout, read_layouts
+from titanlite.invariance.layouts import SYNTAX, Layout, read_layouts
 
 if TYPE_CHECKING:
-    from titanlite.comparison import Difference, Run
+    from titanlite.invariance.comparison import Difference, Run
 
 DESCRIPTION = """\
 Run the first steps of a config under each layout, on ranks that this command starts itself, and compare them with the
@@ -132,9 +132,9 @@ def place(layouts: list[Layout], device: str) -> tuple[list[Layout], str]:
 
 def run_layouts(layouts: list[Layout], device: str, options: argparse.Namespace) -> tuple[list[Outcome], "Run | None"]:
     """What came of each layout, and what the first one's ranks recorded; without that no other is run."""
-    from titanlite.comparison import compare
-    from titanlite.launch import RanksFailed, run_ranks
-    from titanlite.recording import record
+    from titanlite.invariance.comparison import compare
+    from titanlite.invariance.launch import RanksFailed, run_ranks
+    from titanlite.invariance.recording import record
 
     outcomes: list[Outcome] = []
     reference: Run | None = None
@@ -199,7 +199,7 @@ class Progress:
 
 def table(outcomes: list[Outcome], reference: "Run") -> str:
     """All layouts, then all steps: the reference's numbers and each layout's largest difference from them."""
-    from titanlite.comparison import digest
+    from titanlite.invariance.comparison import digest
 
     weights = digest(reference[0])
     width = max(len(outcome.layout.text) for outcome in outcomes)

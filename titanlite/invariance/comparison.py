@@ -11,7 +11,7 @@ from itertools import groupby
 
 import numpy as np
 
-from titanlite.recording import RankRecord, Sketches, StepRecord
+from titanlite.invariance.recording import RankRecord, Sketches, StepRecord
 
 Run = list[RankRecord]
 
