@@ -40,7 +40,8 @@ class Rows:
     tokens: np.ndarray
     """int32 [n, seq_len + 1]. split: the last token of a row is the first of the next."""
     starts: list[np.ndarray]
-    """Positions in [0, seq_len] where a piece begins; int64, ascending, the first is 0."""
+    """Positions in [0, seq_len] where a piece begins; int64, ascending, the first is 0. split: below seq_len, because
+    a document whose first token is a row's last begins in the next row."""
     counters: list[np.ndarray]
     """Counter of each piece's document, int64; -1: a pad."""
     offsets: list[np.ndarray]
