@@ -2,12 +2,14 @@
 
 import gzip
 import io
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -368,6 +370,22 @@ def test_damaged_row_group_is_a_source_error_that_names_it() -> None:
         next(stream)
 
 
+def test_number_of_rows_that_is_damaged_is_never_a_shorter_file() -> None:
+    texts = [str(i) for i in range(1500)]
+    write_parquet("whole", texts, row_group_size=1000)
+    whole = Path("whole").read_bytes()
+    places = [i for i in range(len(whole) - 1) if whole[i : i + 2] in (b"\xd0\x0f", b"\xb8\x17")]  # 1000 and 1500
+    assert len(places) >= 4  # of the file, of the group, of the values of two columns
+    for changed_places in itertools.combinations_with_replacement(places, 2):  # all of them would be another file
+        content = bytearray(whole)
+        for place in set(changed_places):
+            content[place] -= 2  # one row less
+        Path("a.parquet").write_bytes(content)
+        found = outcome(lambda: records(opened("a.parquet")))
+        assert isinstance(found, OSError | ValueError) or found == texts
+        assert "a.parquet" in str(found) or found == texts
+
+
 def test_large_row_group_takes_random_access_away(monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(
         "a.parquet",
@@ -387,7 +405,7 @@ def test_large_row_group_takes_random_access_away(monkeypatch: pytest.MonkeyPatc
 
 
 def test_decoded_row_groups_are_few_and_shared_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [f"{i:05}" * 200 for i in range(2000)]
+    texts = [f"{i:05}" * 200 for i in range(2000)]  # 20 row groups
     write_parquet("a.parquet", texts, row_group_size=100, use_dictionary=False)
     decoded: list[int] = []
     held: list[int] = []
@@ -395,6 +413,7 @@ def test_decoded_row_groups_are_few_and_shared_by_threads(monkeypatch: pytest.Mo
 
     def counted(self: parquet.Parquet, group: int) -> Any:
         decoded.append(group)
+        time.sleep(0.001)  # so that threads overlap
         return decode(self, group)
 
     def watched(self: parquet.RowGroups, key: tuple[str, int], column: Any) -> None:
@@ -423,8 +442,27 @@ def test_decoded_row_groups_are_few_and_shared_by_threads(monkeypatch: pytest.Mo
         thread.join()
     assert wrong == []
     assert max(held) <= 500_000
+    decoded.clear()
+    for group in (0, 1, 2, 3, 0, 4, 0, 2, 5, 0):  # the one that was not used for longest goes first
+        source.read(100 * group)
+    assert decoded[-6:] == [0, 1, 2, 3, 4, 5]
+    decoded.clear()
+    together = threading.Barrier(8)
+
+    def read_one() -> None:
+        together.wait()
+        source.read(1900)
+
+    threads = [threading.Thread(target=read_one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert decoded == [19]
     monkeypatch.setattr(parquet, "_KEPT_BYTES", 0)
-    assert by_number(opened("a.parquet")) == texts  # a group alone is kept whatever its size
+    decoded.clear()
+    assert by_number(opened("a.parquet")) == texts
+    assert decoded == list(range(20))  # a group alone is kept whatever its size
 
 
 def test_text_that_repeats_is_decoded_once() -> None:

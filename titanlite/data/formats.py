@@ -202,4 +202,4 @@ def reason(error: Exception) -> str:
         return "a blank line" if not error.doc.strip() else f"bad JSON: {error.msg} at character {error.pos}"
     if isinstance(error, RecursionError):
         return "JSON nested too deeply"
-    return str(error).partition("\n")[0]
+    return str(error)

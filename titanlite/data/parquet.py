@@ -7,7 +7,7 @@ what a row group holds encoded: the column is decoded as a dictionary, so that a
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -71,7 +71,10 @@ class Parquet(OpenFile):
         groups = [plain.metadata.row_group(g) for g in range(plain.num_row_groups)]
         leaf = next(i for i in range(len(plain.schema)) if plain.schema.column(i).path == text_field)
         rows = np.array([group.num_rows for group in groups], np.int64)
-        column_bytes = np.array([group.column(leaf).total_uncompressed_size for group in groups], np.int64)
+        columns = [group.column(leaf) for group in groups]
+        column_bytes = np.array([column.total_uncompressed_size for column in columns], np.int64)
+        if rows.sum() != plain.metadata.num_rows or any(rows != [column.num_values for column in columns]):
+            raise OSError("a damaged parquet file: the numbers of rows in its footer contradict each other")
         self._first = np.concatenate(([0], np.cumsum(rows)))
         self._row_bytes = column_bytes // np.maximum(rows, 1)
         self.num_records = int(self._first[-1])
@@ -90,7 +93,7 @@ class Parquet(OpenFile):
     def read(self, record: int) -> memoryview | None:
         group = int(np.searchsorted(self._first, record, side="right")) - 1
         column = self._row_groups.get((self.file.path, group), self._decoding, lambda: self._decode(group))
-        return _content(column[record - int(self._first[group])])
+        return self._content(column, record - int(self._first[group]), group)
 
     def stream(self) -> Iterator[memoryview | None]:
         """All rows in order, in the memory of a row group as it is stored. Not for an object that threads share."""
@@ -111,7 +114,7 @@ class Parquet(OpenFile):
                     self._raise(error, group)
                 num_rows += len(column)
                 for i in range(len(column)):
-                    yield _content(column[i])
+                    yield self._content(column, i, group)
             self._check_rows(num_rows, group)
         self.check()
 
@@ -124,11 +127,20 @@ class Parquet(OpenFile):
         self.check()
         return column
 
+    def _content(self, column: Any, i: int, group: int) -> memoryview | None:
+        """Bytes of a text, neither copied nor decoded: what is no UTF-8 is the record's error, not pyarrow's."""
+        try:
+            value = column[i].value if hasattr(column[i], "dictionary") else column[i]
+            buffer = value.as_buffer() if value is not None else None
+        except self._errors as error:
+            self._raise(error, group)
+        return None if buffer is None else memoryview(buffer)
+
     def _check_rows(self, num_rows: int, group: int) -> None:
         if num_rows != self._first[group + 1] - self._first[group]:
             self._raise(ValueError(f"{num_rows:,} rows"), group)
 
-    def _raise(self, error: Exception, group: int) -> None:
+    def _raise(self, error: Exception, group: int) -> NoReturn:
         self.check()
         raise OSError(f"row group {group} is damaged: {_line(error)}") from error
 
@@ -141,13 +153,6 @@ def _check_column(schema: Any, types: Any, file: SourceFile, text_field: str) ->
     problem = "no such column" if not wanted else f"not one column of strings but {', '.join(map(str, wanted))}"
     columns = ", ".join(f"{field.name!r} ({field.type})" for field in schema) or "none"
     raise SectionError(f"text_field = {text_field!r}: {problem} in {shown(file.path)}, whose columns are {columns}")
-
-
-def _content(value: Any) -> memoryview | None:
-    """Bytes of a scalar, neither copied nor decoded: what is no UTF-8 is the record's error, not pyarrow's."""
-    value = value.value if hasattr(value, "dictionary") else value
-    buffer = value.as_buffer() if value is not None else None
-    return None if buffer is None else memoryview(buffer)
 
 
 def _line(error: Exception) -> str:
