@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"config", "log", "model"},
 }
 # Each may import all rooms and the ones before it.
-ASSEMBLY = ["trainer", "report", "job", "isolation", "invariance", "transcript"]
+ASSEMBLY = ["trainer", "report", "job", "isolation", "invariance", "transcript", "accounts"]
 for i, name in enumerate(ASSEMBLY):
     ROOMS[name] = {*ROOMS, *ASSEMBLY[:i]} - {name}
 

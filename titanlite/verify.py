@@ -1,5 +1,6 @@
 """Show that a promise holds: python -m titanlite.verify checkpoint DIR
 python -m titanlite.verify isolation --job.config_file FILE [--section.key VALUE ...]
+python -m titanlite.verify data --job.config_file FILE [--steps N] [--section.key VALUE ...]
 """
 
 import os
@@ -12,6 +13,7 @@ from titanlite.config import load_config
 USAGE = """\
 usage: python -m titanlite.verify checkpoint DIR
        python -m titanlite.verify isolation --job.config_file FILE [--section.key VALUE ...]
+       python -m titanlite.verify data --job.config_file FILE [--steps N] [--section.key VALUE ...]
 
 checkpoint   Read every byte and every tensor of the checkpoints in DIR (a step's folder, a folder of checkpoints or a
              run's folder) and name each file that is damaged, missing or unknown. Needs no GPU, no model and no run.
@@ -19,6 +21,11 @@ isolation    On the data and the model of a run, put noise in the place of every
              one) and show that no bit of what stays is another: positions, logits, loss terms and gradients, on every
              path that prepares batches and with every attention backend that can run here. Takes the options of
              titanlite.train.
+data         Read every document of a run's data once and print what there is, what an epoch and the training make of
+             it (a ledger of every token), and bad records by file and line. Then make N steps (default: 8; the first,
+             the last, one in each epoch, random ones) again document by document, from text and token cache, and show
+             that rows, fingerprints, cursors and ledgers of the training stream, and those that a run in
+             job.dump_folder logged, are the same. Needs no GPU and no model. Takes the options of titanlite.train.
 
 Exit code: 0 if all is well, 1 if not, with the first thing wrong named.
 """
@@ -30,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("--help", "-h") or (command == "checkpoint" and set(rest) & {"--help", "-h"}):
         print(USAGE, end="")
         return 0
-    commands: dict[str, Callable[[list[str]], bool]] = {"checkpoint": checkpoint, "isolation": isolation}
+    commands: dict[str, Callable[[list[str]], bool]] = {"checkpoint": checkpoint, "isolation": isolation, "data": data}
     try:
         if command not in commands:
             raise ValueError(f"{command!r} is nothing to verify: name one of {', '.join(commands)}, or --help")
@@ -125,6 +132,37 @@ def isolation(argv: list[str]) -> bool:
             faults.append(f"NOT ISOLATED: {found.path}, {backend}: {found.difference}")
     print("\n".join(faults) or "isolated: no bit differs")
     return not faults
+
+
+def data(argv: list[str]) -> bool:
+    """Count and prove the data of a config; true, as the first thing that is not right is raised."""
+    if set(argv) & {"--help", "-h"}:
+        print(USAGE)
+    steps, arguments = _take_steps(argv)
+    config = load_config(arguments)
+    from titanlite.accounts import audit
+    from titanlite.log import init_logging
+
+    init_logging()
+    try:
+        audit(config, steps)
+    except RuntimeError as error:  # a bug of the tokenizer, with the document's place
+        raise ValueError(error) from error
+    return True
+
+
+def _take_steps(argv: list[str]) -> tuple[int, list[str]]:
+    """The value of --steps, and the other arguments."""
+    text, arguments = "8", list(argv)
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--steps":
+            text = value if equals else "".join(arguments[i + 1 : i + 2])
+            del arguments[i : i + (1 if equals else 2)]
+            break
+    if not text.isdecimal() or int(text) < 2:
+        raise ValueError(f"--steps {text}: give a number of steps to prove, 2 or more")
+    return int(text), arguments
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ class Corpus:
     """The sources of a run, by name and in the order of their names: that of the tables does not matter."""
 
     sources: dict[str, StreamSource]
+    texts: dict[str, Source]
+    """The same as text, whichever reader the stream takes."""
     deck: Deck
     manifest: dict[str, Any]
     """digest, num_files, num_documents, num_bytes, num_tokens; sources: the same of each, with its files, weight and
@@ -51,10 +53,11 @@ def open_corpus(
     weights = _weights(source_configs(data))
     deck = Deck(weights, seed)
     sources: dict[str, StreamSource] = {}
+    texts: dict[str, Source] = {}
     manifests: dict[str, dict[str, Any]] = {}
     for name in weights:
         config = source_configs(data)[name]
-        source = open_source(name, config, data.cache_dir)
+        texts[name] = source = open_source(name, config, data.cache_dir)
         reader = _open_reader(source, data, tokenizer, tokenizing_share)
         sources[name] = _stream_source(source, reader, data, config, seed)
         manifests[name] = _manifest(source, reader, config)
@@ -71,7 +74,7 @@ def open_corpus(
             for name, rows in zip(sources, deck.counts.tolist(), strict=True)
         },
     }
-    return Corpus(sources, deck, _join(manifests), identity)
+    return Corpus(sources, texts, deck, _join(manifests), identity)
 
 
 def open_rows(

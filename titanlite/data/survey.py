@@ -44,14 +44,19 @@ class Survey:
 def survey(source: StreamSource) -> Survey:
     """Look at all documents in the token cache; else tokenise about 16 MiB of text, of documents drawn at random, the
     same ones each time. Raises what reading them raises, and ValueError where there is none to train on."""
-    num_documents = source.order.num_documents
-    drawn = np.arange(num_documents, dtype=np.uint64)
     if isinstance(source.reader, CachedReader):
-        in_order = np.concatenate([*trained_lengths(source)])
-        lengths = in_order[permute(drawn, num_documents, np.zeros_like(drawn)).astype(np.int64)]
-    else:
-        lengths = _sample(source)
-    trained = lengths[lengths > 0]
+        return survey_of(source, np.concatenate([*trained_lengths(source)]))
+    return _survey(source, _sample(source))
+
+
+def survey_of(source: StreamSource, lengths: np.ndarray) -> Survey:
+    """The survey of all documents: tokens of each in the order of their numbers, int64; 0 for what is left out."""
+    drawn = np.arange(len(lengths), dtype=np.uint64)
+    return _survey(source, lengths[permute(drawn, len(lengths), np.zeros_like(drawn)).astype(np.int64)])
+
+
+def _survey(source: StreamSource, lengths: np.ndarray) -> Survey:
+    trained, num_documents = lengths[lengths > 0], source.order.num_documents
     if not len(trained):
         raise ValueError(f"data source {source.name!r}: no document is left to train on")
     share = num_documents / len(lengths)
