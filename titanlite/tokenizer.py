@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,12 +127,12 @@ class Tokenizer:
 
         Takes linear time and, beyond the result, bounded memory. A lone surrogate counts as U+FFFD.
         """
-        return self._encode(text, [], [])
+        return self._encode(text, b"", b"")
 
     def encode_document(self, text: str) -> np.ndarray:
         """[bos] text [eos], int32 [tokens]; no bos where there is none or where it is the eos."""
-        prefix = [self.bos_id] if self.bos_id is not None and self.bos_id != self.eos_id else []
-        return self._encode(text, prefix, [self.eos_id])
+        prefix = b"" if self.bos_id is None or self.bos_id == self.eos_id else self.bos_id.to_bytes(4, sys.byteorder)
+        return self._encode(text, prefix, self.eos_id.to_bytes(4, sys.byteorder))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids`; special ids as their literal text, bytes that are not UTF-8 as U+FFFD.
@@ -143,9 +144,10 @@ class Tokenizer:
         except (KeyError, OverflowError) as error:
             raise ValueError(f"cannot decode: the vocabulary lacks an id ({error})") from error
 
-    def _encode(self, text: str, prefix: list[int], suffix: list[int]) -> np.ndarray:
+    def _encode(self, text: str, prefix: bytes, suffix: bytes) -> np.ndarray:
+        """Prefix and suffix are ids as int32: a small array would cost as much as a small document."""
         encoding = self._encoding.tiktoken
-        ids = bytearray(np.array(prefix, dtype=np.int32).data)
+        ids = bytearray(prefix)
         try:
             for piece in _pieces(text):
                 # Special tokens are neither allowed (the default) nor, as text, forbidden.
@@ -153,7 +155,7 @@ class Tokenizer:
         except UnicodeEncodeError:  # surrogates: repaired as tiktoken's encode_ordinary does
             repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             return self._encode(repaired, prefix, suffix)
-        ids += np.array(suffix, dtype=np.int32).data
+        ids += suffix
         return np.frombuffer(ids, dtype=np.int32)
 
     def _probe(self, config_file: Path) -> None:

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import socket
-import struct
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from titanlite.data.shards import BLOCK_BYTES, Header, Portion
 _SPOOL_BYTES = 1 << 24  # of a shard's table; more of it goes to a file without a name
 _COPY_BYTES = 1 << 20
 _REPORT_BYTES = 1 << 20  # of text between two words on progress
-_TABLE_ROW = struct.Struct("<qq")
+_BATCH_TOKENS, _BATCH_DOCUMENTS = 1 << 16, 1 << 12
 
 
 class Tokenised(NamedTuple):
@@ -91,38 +90,52 @@ def write_shard(
 
 
 class _Builder:
-    """Lays out a shard file as documents come, in the memory of a block and, at most, two spools."""
+    """Lays out a shard file as documents come, in the memory of a batch, a block and two spools."""
 
     def __init__(self, out: IO[bytes], table: IO[bytes], bad: IO[bytes], portion: Portion, width: int) -> None:
         self._out, self._table, self._bad, self._portion, self._width = out, table, bad, portion, width
+        self._batch: list[Tokenised] = []  # arrays cost less per document when there are many of them at once
+        self._batch_tokens = 0
         self._tokens = bytearray()  # not written yet
         self._counts = np.zeros(len(portion.files), "<i8")
         self._checksums: list[int] = []
-        self._num_tokens = self._num_bad = 0
-        self.text_bytes = 0
+        self._before = np.zeros((1, 2), "<i8")  # the table's last row
+        self._num_bad = self.text_bytes = 0
         out.write(Header(portion.key, width, 0, 0, 0, 0, 0).pack())
-        table.write(_TABLE_ROW.pack(0, 0))
+        table.write(self._before.tobytes())
 
     def add(self, document: Tokenised) -> None:
-        if document.reason:
-            line = json.dumps([int(self._counts.sum()), document.reason])
-            self._bad.write(line.encode() + b"\n")
-            self._num_bad += 1
-        assert document.ids.max(initial=0) < 1 << min(8 * self._width, 31), "an id beyond the vocabulary"
-        self._tokens += document.ids.astype(f"<u{self._width}").data
+        self._batch.append(document)
+        self.text_bytes += document.num_bytes
+        self._batch_tokens += len(document.ids)
+        if self._batch_tokens >= _BATCH_TOKENS or len(self._batch) >= _BATCH_DOCUMENTS:
+            self._take_batch()
+
+    def _take_batch(self) -> None:
+        files, arrays, sizes, reasons = zip(*self._batch, strict=True)
+        ids = np.concatenate(arrays)
+        assert ids.max(initial=0) < 1 << min(8 * self._width, 31), "an id beyond the vocabulary"
+        self._tokens += ids.astype(f"<u{self._width}").data
         while len(self._tokens) >= BLOCK_BYTES:
             self._write_block()
-        self._num_tokens += len(document.ids)
-        self.text_bytes += document.num_bytes
-        self._counts[document.file - self._portion.files.start] += 1
-        self._table.write(_TABLE_ROW.pack(self._num_tokens, self.text_bytes))
+        for i in np.flatnonzero([reason != "" for reason in reasons]).tolist():
+            self._bad.write(json.dumps([int(self._counts.sum()) + i, reasons[i]]).encode() + b"\n")
+            self._num_bad += 1
+        rows = self._before + np.cumsum([[len(array) for array in arrays], sizes], axis=1).T
+        self._table.write(rows.astype("<i8").tobytes())
+        self._before = rows[-1:]
+        self._counts += np.bincount(np.array(files) - self._portion.files.start, minlength=len(self._counts))
+        self._batch, self._batch_tokens = [], 0
 
     def finish(self) -> None:
+        if self._batch:
+            self._take_batch()
         if self._tokens:
             self._write_block()
-        numbers = [len(self._counts), int(self._counts.sum()), self._num_tokens, self._num_bad, self._bad.tell()]
+        num_tokens = int(self._before[0, 0])
+        numbers = [len(self._counts), int(self._counts.sum()), num_tokens, self._num_bad, self._bad.tell()]
         header = Header(self._portion.key, self._width, *numbers)
-        self._out.write(bytes(-self._width * self._num_tokens % 8))
+        self._out.write(bytes(-self._width * num_tokens % 8))
         crc = zlib.crc32(header.pack())
         counts, checksums = self._counts.tobytes(), np.array(self._checksums, "<u4").tobytes()
         for part in itertools.chain(_parts(self._table), [counts, checksums], _parts(self._bad)):
