@@ -231,12 +231,13 @@ def measure(folder: Path, num_bytes: int, rounds: int, num_processes: int) -> Fi
     index = measure_index(long, cache, max(3, rounds))
     raw: list[Cost] = []
     written: list[Cost] = []
-    write(long, cache, num_processes, tokenizer, 0)
-    writer = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    writer = 0.0
     for number in range(rounds):
         for own in (number % 2 == 0, number % 2 == 1):  # who goes first alternates
             if own:
                 written.append(write(long, cache, num_processes, tokenizer, 1))
+                # the reference, whose processes hold all texts, comes later
+                writer = writer or resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
             else:
                 raw.append(encode_raw(long, num_processes))
     written = [replace(cost, amount=raw[0].amount) for cost in written]
