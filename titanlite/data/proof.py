@@ -21,7 +21,7 @@ from titanlite.data.packing import fingerprint_part, row_digest
 from titanlite.data.rows import StepRows
 from titanlite.data.seek import seek
 from titanlite.data.stream import DocumentEncoder, SourceCursor, encode_or_raise
-from titanlite.data.tally import Account, BestFitAccount, Difference, Piece, SplitAccount, first_unequal, pieces_of
+from titanlite.data.tally import Difference, Piece, account_of, check_cursor, first_unequal, pieces_of
 from titanlite.data.token_cache import CachedReader, open_cache
 
 _SEQUENTIAL_BYTES = 1 << 28  # of files without random access that are read again as text
@@ -109,12 +109,10 @@ class Prover:
     ) -> None:
         self._corpus, self._data, self._eos_id = corpus, data, tokenizer.eos_id
         self._num_rows, self._threads = num_rows, threads
-        seq_len, seed = corpus.identity["seq_len"], corpus.identity["seed"]
-        self._seq_len: int = seq_len
-        self._accounts: dict[str, Account] = {
-            name: SplitAccount(source, censuses[name], seq_len)
-            if data.packing == "split"
-            else BestFitAccount(source, censuses[name], seq_len, seed)
+        self._seq_len: int = corpus.identity["seq_len"]
+        seed = corpus.identity["seed"]
+        self._accounts = {
+            name: account_of(source, censuses[name], data.packing, self._seq_len, seed)
             for name, source in corpus.sources.items()
         }
         self._texts = {name: _Texts(corpus, name, tokenizer, data.cache_dir) for name in corpus.sources}
@@ -135,10 +133,10 @@ class Prover:
         dealers = self._corpus.deck.sources(row, self._num_rows)
         for i, (name, account) in enumerate(self._accounts.items()):
             place = SourceCursor.from_dict(before["sources"][name])
-            _check_cursor(f"step {number}, source {name}, the cursor before it", place, account.cursor(place))
+            check_cursor(f"step {number}, source {name}, the cursor before it", place, account.cursor(place))
             pieces[name], behind = account.rows(place, int(np.count_nonzero(dealers == i)))
             found = SourceCursor.from_dict(after["sources"][name])
-            _check_cursor(f"step {number}, source {name}, the cursor behind it", found, behind)
+            check_cursor(f"step {number}, source {name}, the cursor behind it", found, behind)
         ways: Counter[str] = Counter()
         rows, spans = self._compose(dealers, pieces, ways)
         k = num_pieces = 0
@@ -253,19 +251,6 @@ def plain_fingerprint(rows: Iterable[np.ndarray]) -> str:
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
         total += x ^ (x >> 31)
     return f"{total & _MASK:016x}"
-
-
-def _check_cursor(where: str, found: SourceCursor, expected: SourceCursor) -> None:
-    if not found.ledger.closes():
-        raise Difference(f"{where}: its ledger does not close: {found.ledger}")
-    if found != expected:
-        parts = [
-            f"{key} is {one} and {other} by the lengths of the documents"
-            for state, other_state in ((found, expected), (found.ledger, expected.ledger))
-            for (key, one), other in zip(vars(state).items(), vars(other_state).values(), strict=True)
-            if one != other and key != "ledger"
-        ]
-        raise Difference(f"{where}: {'; '.join(parts)}")
 
 
 def _first_difference(one: np.ndarray, of_one: str, other: np.ndarray, of_other: str) -> str:

@@ -16,7 +16,7 @@ from titanlite.data.census import Census, MeasuredReader
 from titanlite.data.corpus import Corpus, open_rows
 from titanlite.data.feed import EndOfData, SourceRows
 from titanlite.data.mixture import Deck
-from titanlite.data.stream import Ledger
+from titanlite.data.stream import Ledger, SourceCursor
 
 _STRIDE_ROWS = 256
 
@@ -34,8 +34,8 @@ def lanes_of(corpus: Corpus, data: DataConfig, eos_id: int) -> list[SourceRows]:
     return open_rows(corpus, data, eos_id=eos_id, num_rows=1).sources
 
 
-def deal_all(lane: SourceRows) -> tuple[int, Ledger]:
-    """The rows that a source with an end can deal, and its ledger behind them."""
+def deal_all(lane: SourceRows) -> tuple[SourceCursor, Ledger]:
+    """Where a source with an end has dealt its last row, and its ledger there, with what no row takes any more."""
     for stride in (_STRIDE_ROWS, 1):
         try:
             while True:
@@ -43,7 +43,7 @@ def deal_all(lane: SourceRows) -> tuple[int, Ledger]:
                 lane.packer.take(stride, 0, 0)
         except EndOfData:
             continue
-    return lane.packer.cursor.row, lane.ended()
+    return lane.packer.cursor, lane.ended()
 
 
 class Walk:

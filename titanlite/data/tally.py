@@ -260,6 +260,26 @@ class BestFitAccount(_Tally):
         ]
 
 
+def account_of(source: StreamSource, census: Census, packing: str, seq_len: int, seed: int) -> Account:
+    if packing == "split":
+        return SplitAccount(source, census, seq_len)
+    return BestFitAccount(source, census, seq_len, seed)
+
+
+def check_cursor(where: str, found: SourceCursor, expected: SourceCursor) -> None:
+    """Raise Difference unless the cursor is the expected one and its ledger closes."""
+    if not found.ledger.closes():
+        raise Difference(f"{where}: its ledger does not close: {found.ledger}")
+    if found != expected:
+        parts = [
+            f"{key} is {one} and {other} by the lengths of the documents"
+            for state, other_state in ((found, expected), (found.ledger, expected.ledger))
+            for (key, one), other in zip(vars(state).items(), vars(other_state).values(), strict=True)
+            if one != other and key != "ledger"
+        ]
+        raise Difference(f"{where}: {'; '.join(parts)}")
+
+
 def pieces_of(starts: np.ndarray, counters: np.ndarray, offsets: np.ndarray) -> list[Piece]:
     return list(zip(starts.tolist(), counters.tolist(), offsets.tolist(), strict=True))
 
