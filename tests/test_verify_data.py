@@ -20,12 +20,16 @@ from titanlite.config.sections import source_configs
 from titanlite.data import seek
 from titanlite.data.best_fit import BestFitPacker
 from titanlite.data.cache_writer import write_cache
+from titanlite.data.census import Census, MeasuredReader
 from titanlite.data.corpus import open_corpus, open_rows
-from titanlite.data.packing import RowPacker, fingerprint_part, row_digest
+from titanlite.data.feed import StreamSource
+from titanlite.data.order import DocumentOrder, HeldOut
+from titanlite.data.packing import Packer, RowPacker, fingerprint_part, row_digest
 from titanlite.data.proof import plain_fingerprint
 from titanlite.data.rows import RowStream
 from titanlite.data.source import open_source
-from titanlite.data.stream import Documents, StreamedReader
+from titanlite.data.stream import Documents, SourceCursor, StreamedReader, read_chunk
+from titanlite.data.tally import account_of, pieces_of
 from titanlite.metrics import RunLog
 from titanlite.tokenizer import Tokenizer
 from titanlite.verify import main
@@ -180,12 +184,45 @@ def test_the_ledger_of_the_built_in_corpus_closes(tmp_path: Path, capsys: pytest
 def test_every_epoch_reached_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for packing in ("split", "best_fit"):
         path = write(tmp_path / packing, data__packing=packing)
-        assert run(path, "--training.steps=150") == 0, capsys.readouterr().err
+        assert run(path, "--training.steps=150", "--steps=7") == 0, capsys.readouterr().err
         epochs = re.findall(r"\(epochs? (\d+)(?: to (\d+))?\)", capsys.readouterr().out)
-        reached = max(int(last or first) for first, last in epochs)
-        assert reached >= 3
-        seen = {e for first, last in epochs for e in range(int(first), int(last or first) + 1)}
-        assert seen == set(range(reached + 1))
+        assert {int(last or first) for first, last in epochs} == {0, 1, 2, 3, 4}
+        if packing == "split":  # the step in which one begins
+            assert {("0", "1"), ("1", "2"), ("2", "3"), ("3", "4")} <= set(epochs)
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_both_accounts_of_any_row_agree(packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of 0 to 9 tokens in rows of 4: every way in which an edge can lie."""
+    monkeypatch.setattr("titanlite.data.best_fit.WINDOW_ROWS", 5)
+    monkeypatch.setattr("titanlite.data.tally.WINDOW_ROWS", 5)
+    monkeypatch.setattr("titanlite.data.tally._BLOCK", 64)
+    lengths = np.random.default_rng(0).integers(0, 10, 300)
+    held_out = np.arange(300) % 11 == 3
+    census = Census(lengths, 3 * lengths, held_out, np.where(held_out, 0, lengths), [])
+    source = StreamSource("data", Numbered(), DocumentOrder(300, 1, 16), HeldOut("data", [], 0.0), 2)  # type: ignore[arg-type]
+    account = account_of(source, census, packing, 4, seed=1)
+    start = SourceCursor()
+    packer: Packer = RowPacker(4, start) if packing == "split" else BestFitPacker(4, start, 0, 1)
+    documents = source.order.documents(np.arange(600))
+    packer.append(read_chunk(MeasuredReader(source.reader, census), 0, documents, held_out[documents], True))
+    packer.end()
+    while not packer.missing(3):
+        before = packer.cursor
+        assert account.cursor(before) == before
+        expected, behind = account.rows(before, 3)
+        rows = packer.take(3, 0, 3)
+        assert packer.cursor == behind
+        for pieces, *found in zip(expected, rows.starts, rows.counters, rows.offsets, strict=True):
+            assert [p for p in pieces if packing == "best_fit" or p[0] < 4] == pieces_of(*found)
+    assert packer.cursor.row > 500
+
+
+class Numbered:
+    num_tokens, numbering = 0, None
+
+    def locate(self, document: int) -> str:
+        return str(document)
 
 
 def another_document(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +289,10 @@ def wrong_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowStream, "cursor", cursor)
 
 
+def tail_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowPacker, "unread", lambda self: -1)
+
+
 def wrong_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
     right = RowPacker._advance
 
@@ -311,6 +352,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = {
         "split",
         r"step 1, source data, the cursor behind it: targets is \d+ and \d+ by",
     ),
+    "tail": (tail_forgotten, "split", r"source data, one epoch: tokens_read is \d+ and \d+ by the lengths"),
     "wrong ledger": (wrong_ledger, "split", r"source data, one epoch: bytes is \d+ and \d+ by the lengths"),
     "a piece lost": (a_piece_lost, "best_fit", r"window of documents from 0 on: its rows hold .*\(3, 1, \d+\) where"),
     "ranks": (rank_1_sees_other_rows, "split", rf"step 1, row 2 \(row 2 of the stream\), source data, {PLACE}"),
