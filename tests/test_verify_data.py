@@ -184,9 +184,9 @@ def test_the_ledger_of_the_built_in_corpus_closes(tmp_path: Path, capsys: pytest
 def test_every_epoch_reached_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for packing in ("split", "best_fit"):
         path = write(tmp_path / packing, data__packing=packing)
-        assert run(path, "--training.steps=150", "--steps=7") == 0, capsys.readouterr().err
+        assert run(path, "--training.steps=200", "--steps=7") == 0, capsys.readouterr().err
         epochs = re.findall(r"\(epochs? (\d+)(?: to (\d+))?\)", capsys.readouterr().out)
-        assert {int(last or first) for first, last in epochs} == {0, 1, 2, 3, 4}
+        assert {int(last or first) for first, last in epochs} >= {0, 1, 2, 3, 4}
         if packing == "split":  # the step in which one begins
             assert {("0", "1"), ("1", "2"), ("2", "3"), ("3", "4")} <= set(epochs)
 
