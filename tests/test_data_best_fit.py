@@ -50,13 +50,13 @@ class Window:
     rows: list[list[Token]]
 
 
-def naive_windows(lengths: list[int], seq_len: int, window_rows: int, seed: int = SEED) -> list[Window]:
-    """All rows of all windows, the last one closed by the end of the documents."""
+def naive_windows(lengths: list[int], seq_len: int, window_rows: int, epoch: int, seed: int = SEED) -> list[Window]:
+    """All rows of all windows; `epoch` documents are an epoch, and the last one ends with the documents."""
     windows, run = [], []
     for counter, _ in enumerate(lengths):
         run.append(counter)
         full = sum(lengths[c] for c in run) >= (window_rows * (seq_len + 1)) - -(-(seq_len + 1) // 2)
-        if full or counter == len(lengths) - 1:
+        if full or (counter + 1) % epoch == 0 or counter == len(lengths) - 1:
             windows.append(Window(run, naive_rows(run, lengths, seq_len, seed)))
             run = []
     return windows
@@ -84,10 +84,12 @@ def naive_ledger(lengths: list[int], windows: list[Window], num_rows: int, seq_l
     tokens: list[Token] = []
     waiting = 0
     read: list[int] = []
+    passed: list[int] = []  # documents of windows without a token, which count with the next row
     for window in windows:
         here = window.rows[: num_rows - len(tokens) // (seq_len + 1)]
+        passed += window.counters
         if here:
-            read += window.counters
+            read, passed = read + passed, []
             tokens += [token for row in here for token in row]
             waiting = sum(lengths[c] for c in window.counters) - sum(new_tokens(here).values())
     new = new_tokens([tokens[i : i + seq_len + 1] for i in range(0, len(tokens), seq_len + 1)])
@@ -178,18 +180,27 @@ def test_pieces_that_go_in_together_go_where_each_would_go_alone(lengths: list[i
     assert best_fit_decreasing(np.array(lengths, np.int64), capacity).tolist() == naive_best_fit(lengths, capacity)
 
 
-@given(lengths=documents, sizes=chunk_sizes, seq_len=st.integers(1, 30), window_rows=st.integers(1, 6))
-@example(lengths=[0], sizes=[1], seq_len=4, window_rows=2)
-@example(lengths=[0] * 20, sizes=[3], seq_len=4, window_rows=2)
-@example(lengths=[0, 0, 1, 0, 0], sizes=[2], seq_len=1, window_rows=1)
-@example(lengths=[1] * 40, sizes=[7], seq_len=3, window_rows=2)
-@example(lengths=[900], sizes=[1], seq_len=7, window_rows=2)
-@example(lengths=[3, 900, 3], sizes=[5], seq_len=7, window_rows=2)
-@example(lengths=[8, 9, 15, 16], sizes=[1], seq_len=7, window_rows=4)
-def test_rows_and_ledger_equal_the_oracle(lengths: list[int], sizes: list[int], seq_len: int, window_rows: int) -> None:
-    windows = naive_windows(lengths, seq_len, window_rows)
+@given(
+    lengths=documents,
+    sizes=chunk_sizes,
+    seq_len=st.integers(1, 30),
+    window_rows=st.integers(1, 6),
+    epochs=st.integers(1, 3),
+)
+@example(lengths=[0], sizes=[1], seq_len=4, window_rows=2, epochs=1)
+@example(lengths=[0] * 20, sizes=[3], seq_len=4, window_rows=2, epochs=1)
+@example(lengths=[0, 0, 1, 0, 0], sizes=[2], seq_len=1, window_rows=1, epochs=1)
+@example(lengths=[1] * 40, sizes=[7], seq_len=3, window_rows=2, epochs=1)
+@example(lengths=[900], sizes=[1], seq_len=7, window_rows=2, epochs=1)
+@example(lengths=[3, 900, 3], sizes=[5], seq_len=7, window_rows=2, epochs=1)
+@example(lengths=[8, 9, 15, 16], sizes=[1], seq_len=7, window_rows=4, epochs=1)
+def test_rows_and_ledger_equal_the_oracle(
+    lengths: list[int], sizes: list[int], seq_len: int, window_rows: int, epochs: int
+) -> None:
+    epoch, lengths = len(lengths), lengths * epochs
+    windows = naive_windows(lengths, seq_len, window_rows, epoch)
     with patch.object(best_fit, "WINDOW_ROWS", window_rows):
-        packer, chunks = BestFitPacker(seq_len, SourceCursor(), EOS, SEED), chunks_of(lengths, sizes)
+        packer, chunks = BestFitPacker(seq_len, SourceCursor(), EOS, SEED, epoch), chunks_of(lengths, sizes)
         for window in windows:
             for place, row in enumerate(window.rows):
                 assert packer.cursor.offset == place
@@ -209,7 +220,7 @@ def test_every_token_is_trained_once_and_nothing_that_fits_is_cut(
     lengths: list[int], seq_len: int, window_rows: int
 ) -> None:
     with patch.object(best_fit, "WINDOW_ROWS", window_rows):
-        rows = all_rows(BestFitPacker(seq_len, SourceCursor(), EOS, SEED), chunks_of(lengths, [3]))
+        rows = all_rows(BestFitPacker(seq_len, SourceCursor(), EOS, SEED, len(lengths)), chunks_of(lengths, [3]))
     tokens = [row for part in rows for row in named(part)]
     assert new_tokens(tokens) == Counter((c, k) for c, n in enumerate(lengths) for k in range(n))
     where: dict[int, list[int]] = {}
@@ -234,10 +245,10 @@ def test_any_chunks_batches_slices_and_restarts_give_the_same_rows(
     lengths: list[int], sizes: list[int], seq_len: int, window_rows: int, batches: list[int]
 ) -> None:
     with patch.object(best_fit, "WINDOW_ROWS", window_rows):
-        whole = BestFitPacker(seq_len, SourceCursor(), EOS, SEED)
+        whole = BestFitPacker(seq_len, SourceCursor(), EOS, SEED, len(lengths))
         expected = [row for part in all_rows(whole, chunks_of(lengths, [4])) for row in named(part)]
         cursors = [SourceCursor()]
-        going, chunks = BestFitPacker(seq_len, SourceCursor(), EOS, SEED), chunks_of(lengths, sizes)
+        going, chunks = BestFitPacker(seq_len, SourceCursor(), EOS, SEED, len(lengths)), chunks_of(lengths, sizes)
         tokens, turn = [], 0
         while len(tokens) < len(expected):
             num_rows = min(batches[turn % len(batches)], len(expected) - len(tokens))
@@ -245,7 +256,7 @@ def test_any_chunks_batches_slices_and_restarts_give_the_same_rows(
             cut = num_rows // 2
             parts = []
             for first, last in ((0, cut), (cut, num_rows)):  # each slice, empty or not, by a packer of its own
-                packer = BestFitPacker(seq_len, cursors[-1], EOS, SEED)
+                packer = BestFitPacker(seq_len, cursors[-1], EOS, SEED, len(lengths))
                 assert fill(packer, chunks_of(lengths, sizes, cursors[-1].document), num_rows)
                 assert cursors[-1].ledger.tokens_read + packer.unread() == sum(lengths[: packer._next_counter])
                 parts.append(packer.take(num_rows, first, last))
@@ -264,7 +275,7 @@ def test_starts_are_those_of_the_document_rule(lengths: list[int], seq_len: int)
     (chunk,) = chunks_of(lengths, [len(lengths)])
     chunk.ids[np.cumsum(chunk.lengths)[chunk.lengths > 0] - 1] = EOS  # as every document ends
     with patch.object(best_fit, "WINDOW_ROWS", 3):
-        rows = all_rows(BestFitPacker(seq_len, SourceCursor(), EOS, SEED), iter([chunk]))
+        rows = all_rows(BestFitPacker(seq_len, SourceCursor(), EOS, SEED, len(lengths)), iter([chunk]))
     for part in rows:
         behind_eos = np.flatnonzero(part.tokens[0, :-1] == EOS) + 1
         assert part.starts[0].tolist() == [0, *behind_eos.tolist()]
@@ -275,7 +286,7 @@ def test_the_order_of_rows_depends_on_seed_and_window_alone() -> None:
     rows = {}
     for seed in (SEED, SEED + 1):
         with patch.object(best_fit, "WINDOW_ROWS", 40):
-            packer = BestFitPacker(9, SourceCursor(), EOS, seed)
+            packer = BestFitPacker(9, SourceCursor(), EOS, seed, len(lengths))
             rows[seed] = [row for part in all_rows(packer, chunks_of(lengths, [50])) for row in named(part)]
     assert rows[SEED] != rows[SEED + 1]
     key = [str(row) for row in rows[SEED]]
@@ -287,8 +298,9 @@ def test_the_order_of_rows_depends_on_seed_and_window_alone() -> None:
 
 
 def test_packer_forgets_what_it_has_dealt() -> None:
+    lengths = [7] * 3000
     with patch.object(best_fit, "WINDOW_ROWS", 4):
-        packer, chunks = BestFitPacker(9, SourceCursor(), EOS, SEED), chunks_of([7] * 3000, [3])
+        packer, chunks = BestFitPacker(9, SourceCursor(), EOS, SEED, len(lengths)), chunks_of(lengths, [3])
         for _ in range(200):
             assert fill(packer, chunks, 1)
             packer.take(1, 0, 1)
@@ -299,14 +311,14 @@ def test_packer_forgets_what_it_has_dealt() -> None:
 def test_resume_in_a_window_that_changed_is_refused() -> None:
     lengths = [7] * 40
     with patch.object(best_fit, "WINDOW_ROWS", 4):
-        packer = BestFitPacker(9, SourceCursor(), EOS, SEED)
+        packer = BestFitPacker(9, SourceCursor(), EOS, SEED, len(lengths))
         assert fill(packer, chunks_of(lengths, [5]), 6)
         packer.take(6, 0, 0)
         cursor = packer.cursor
         assert cursor.offset > 0
         for changed in ([7] * cursor.document + [6] * 20, [7] * (cursor.document + 1), [7] * cursor.document + [0]):
             with pytest.raises(ValueError, match="cannot resume at row .* of the window of documents from"):
-                fill(BestFitPacker(9, cursor, EOS, SEED), chunks_of(changed, [5], cursor.document), 99)
+                fill(BestFitPacker(9, cursor, EOS, SEED, len(changed)), chunks_of(changed, [5], cursor.document), 99)
 
 
 def ledger_of(packer: Packer, lengths: np.ndarray) -> Ledger:
@@ -337,7 +349,7 @@ def ledger_of(packer: Packer, lengths: np.ndarray) -> Ledger:
 def test_padding_and_documents_cut(mean: int, seq_len: int, padding: float, cut_by_split: float) -> None:
     sample = np.random.default_rng(mean).lognormal(np.log(mean) - 0.5, 1.0, 16_000_000 // mean)  # sigma 1
     lengths = np.ceil(sample).astype(np.int64)
-    ledger = ledger_of(BestFitPacker(seq_len, SourceCursor(), EOS, SEED), lengths)
+    ledger = ledger_of(BestFitPacker(seq_len, SourceCursor(), EOS, SEED, len(lengths)), lengths)
     assert ledger.tokens_read == lengths.sum() == ledger.targets + ledger.document_first
     assert ledger.fitting == np.count_nonzero(lengths <= seq_len + 1)
     assert ledger.cut == 0

@@ -203,7 +203,7 @@ def test_both_accounts_of_any_row_agree(packing: str, monkeypatch: pytest.Monkey
     source = StreamSource("data", Numbered(), DocumentOrder(300, 1, 16), HeldOut("data", [], 0.0), 2)  # type: ignore[arg-type]
     account = account_of(source, census, packing, 4, seed=1)
     start = SourceCursor()
-    packer: Packer = RowPacker(4, start) if packing == "split" else BestFitPacker(4, start, 0, 1)
+    packer: Packer = RowPacker(4, start) if packing == "split" else BestFitPacker(4, start, 0, 1, 300)
     documents = source.order.documents(np.arange(600))
     packer.append(read_chunk(MeasuredReader(source.reader, census), 0, documents, held_out[documents], True))
     packer.end()

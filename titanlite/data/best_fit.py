@@ -124,18 +124,20 @@ class BestFitPacker:
     """Packs chunks that come in the order of the stream, from a cursor on, into rows that do not overlap.
 
     A window ends with the first document with which it has tokens for half a row less than WINDOW_ROWS rows: with the
-    whole of it, most windows would begin one row more than they can fill. A row holds whole documents, and padding at
-    its end: eos_id, each pad a document of its own. A document of more than seq_len + 1 tokens fills rows of its own,
-    each of which repeats the last token of the one before as context, so that every token but the first is a target
-    once; what is left of it, again with that token, is packed like a document. The ledger counts all of a window as
-    read with its first row, and what waits in its later rows as carried.
+    whole of it, most windows would begin one row more than they can fill. It ends with its epoch (of num_documents
+    documents), too, or the number of epochs that a run may take would change rows that it has before its end. A row
+    holds whole documents, and padding at its end: eos_id, each pad a document of its own. A document of more than
+    seq_len + 1 tokens fills rows of its own, each of which repeats the last token of the one before as context, so that
+    every token but the first is a target once; what is left of it, again with that token, is packed like a document.
+    The ledger counts all of a window as read with its first row, and what waits in its later rows as carried.
     """
 
-    def __init__(self, seq_len: int, cursor: SourceCursor, eos_id: int, seed: int) -> None:
+    def __init__(self, seq_len: int, cursor: SourceCursor, eos_id: int, seed: int, num_documents: int) -> None:
         self.cursor = cursor
         self.seq_len = seq_len
         self.eos_id = eos_id
         self.seed = seed
+        self.num_documents = num_documents
         self._windows: deque[_Window] = deque()  # closed, not yet dealt
         self._open: list[Chunk] = []  # the next window's documents
         self._room = self._window_tokens
@@ -153,8 +155,11 @@ class BestFitPacker:
         self._next_counter += len(chunk.lengths)
         ends = np.cumsum(chunk.lengths)
         first = begin = 0  # the first document that is in no window yet, and its first token
-        while begin + self._room <= len(chunk.ids):
-            last = int(np.searchsorted(ends, begin + self._room)) + 1
+        while True:
+            epoch_end = first + self.num_documents - (chunk.counter + first) % self.num_documents
+            last = min(int(np.searchsorted(ends, begin + self._room)) + 1, epoch_end)
+            if last > len(ends):
+                break
             self._open.append(_part(chunk, first, last, begin, int(ends[last - 1])))
             first, begin = last, int(ends[last - 1])
             self._close()
@@ -162,8 +167,7 @@ class BestFitPacker:
         self._room -= len(chunk.ids) - begin
 
     def end(self) -> None:
-        if self._open:
-            self._close()
+        """The end of the last epoch closed the last window."""
 
     def unread(self) -> int:
         tokens = [len(window.ids) for window in self._windows] + [sum(len(chunk.ids) for chunk in self._open)]
@@ -205,8 +209,8 @@ class BestFitPacker:
             if left != carried:
                 raise ValueError(
                     f"cannot resume at row {place} of the window of documents from {window.counter} on: its rows from "
-                    f"there on hold {left} tokens and held {carried}: the corpus, the tokenizer or max_epochs is not "
-                    "that of the checkpoint"
+                    f"there on hold {left} tokens and held {carried}: the corpus or the tokenizer is not that of the "
+                    "checkpoint"
                 )
         self._windows.append(window)
 

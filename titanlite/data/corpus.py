@@ -104,7 +104,9 @@ def open_rows(
     for name, source in corpus.sources.items():
         start = SourceCursor() if cursor is None else SourceCursor.from_dict(cursor["sources"][name])
         packer: Packer = (
-            RowPacker(seq_len, start) if data.packing == "split" else BestFitPacker(seq_len, start, eos_id, seed)
+            RowPacker(seq_len, start)
+            if data.packing == "split"
+            else BestFitPacker(seq_len, start, eos_id, seed, source.order.num_documents)
         )
         feed = ChunkFeed(source, start.document, threads, num_ahead, data.on_bad_record == "skip")
         lanes.append(SourceRows(source, packer, feed))

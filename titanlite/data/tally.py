@@ -8,6 +8,7 @@ documents to its rows is the packer's; that they are all there, whole and once, 
 import functools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import zip_longest
 from typing import NamedTuple, Protocol
@@ -216,19 +217,19 @@ class BestFitAccount(_Tally):
     def _pack_window(self, first: int) -> tuple[int, list[list[Piece]]]:
         """The document behind a window, and the window's rows."""
         wanted = self.before(first).tokens + (2 * WINDOW_ROWS - 1) * (self.seq_len + 1) // 2
-        try:
-            behind = self.find(wanted - 1)[0] + 1
-        except Difference:  # the data end within the window
-            behind = self.end
+        num_documents = self.source.order.num_documents
+        behind = (first // num_documents + 1) * num_documents  # the end of the epoch
+        with suppress(Difference):  # the data end before the window is full
+            behind = min(behind, self.find(wanted - 1)[0] + 1)
         counters = np.arange(first, behind)
         documents = self.source.order.documents(counters)
         chunk = read_chunk(self._reader, first, documents, self.census.held_out[documents], True)
-        packer = BestFitPacker(self.seq_len, SourceCursor(0, first, 0), 0, self._seed)
+        if not chunk.lengths.any():
+            return behind, []
+        packer = BestFitPacker(self.seq_len, SourceCursor(0, first, 0), 0, self._seed, num_documents)
         packer.append(chunk)
-        if packer.missing(1):
-            packer.end()
         rows: list[list[Piece]] = []
-        while packer.cursor.document == first:
+        while packer.cursor.document == first and not packer.missing(1):
             taken = packer.take(1, 0, 1)
             rows.append(pieces_of(taken.starts[0], taken.counters[0], taken.offsets[0]))
         self._check_whole(first, behind, packer.cursor.document, chunk.lengths.tolist(), rows)
