@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.gloo import ranks
 from tests.make_tokenizers import real_code, single_bytes, write_llama3_like, write_tokenizer
-from tests.tiny_run import descendants, fingerprints, metrics, write_config
+from tests.tiny_run import descendants, fingerprints, metrics, state_of, write_config
 from titanlite.train import main
 
 LAST = "checkpoint/step-00000008"
@@ -30,14 +29,6 @@ LAST = "checkpoint/step-00000008"
 def run(num_ranks: int, config: Path, *overrides: str) -> list[int]:
     """Exit code of `python -m titanlite.train` on every rank of a group that is already there."""
     return ranks(num_ranks).run(main, ["--job.config_file", str(config), *overrides])
-
-
-def state_of(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, read by torch alone."""
-    whole = scratch / "whole.pt"
-    dcp_to_torch_save(checkpoint, whole)
-    state: dict[str, torch.Tensor] = torch.load(whole)
-    return state
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
 from tests.make_tokenizers import single_bytes, write_tokenizer
 
 SENTENCE = "the model reads a row of tokens and learns what comes next in this document but not in any other"
@@ -75,3 +78,11 @@ def descendants(pid: int) -> list[int]:
     for parent in family:
         family += [child for child, its_parent in pairs if its_parent == parent]
     return family
+
+
+def state_of(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, read by torch alone."""
+    whole = scratch / "whole.pt"
+    dcp_to_torch_save(checkpoint, whole)
+    state: dict[str, torch.Tensor] = torch.load(whole)
+    return state
