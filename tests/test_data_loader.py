@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from tests.byte_tokenizer import ByteTokenizer
 from titanlite.config.sections import DataConfig
 from titanlite.data import feed
+from titanlite.data.corpus import open_corpus
 from titanlite.data.loader import Batch, Loader, build_loader
 from titanlite.data.order import DocumentOrder
-from titanlite.data.source import RecordError, SourceError
+from titanlite.data.source import RecordError, Source, SourceError
 
 MASK = (1 << 64) - 1
 
@@ -331,6 +332,30 @@ def test_one_good_record_among_many_bad_ones_is_a_corpus(tmp_path: Path) -> None
     data = replace(write_jsonl(tmp_path, [*[BAD] * 300, "a"]), on_bad_record="skip", shuffle_block=7)
     made = batches(data, 3, seq_len=2, global_batch_size=1)
     assert torch.cat([batch.rows[:, :-1] for batch in made]).flatten().tolist() == [257, 97, 256] * 2
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_too_many_bad_records_stop_the_run_before_all_of_them_are_read(
+    tmp_path: Path, packing: Literal["split", "best_fit"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = replace(write_jsonl(tmp_path, ["a", *[BAD] * 5000]), shuffle=False, packing=packing)
+    read: list[int] = []
+    read_one = Source.read
+    monkeypatch.setattr(Source, "read", lambda self, document: read.append(document) or read_one(self, document))
+    made = build(replace(data, on_bad_record="skip", max_bad_records=10))
+    read.clear()  # of the estimate
+    with pytest.raises(ValueError, match="more bad records than data.max_bad_records = 10"):
+        next(made)
+    assert len(read) < 500
+
+
+def test_a_bad_record_that_is_left_out_keeps_nothing_of_it_in_memory(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path, ["a", BAD, b"\xff", b'{"other": ""}'])
+    corpus = open_corpus(data, ByteTokenizer(), seq_len=16, seed=0)
+    read = corpus.sources["data"].reader.read(np.arange(4), np.ones(4, bool))
+    assert [i for i, _ in read.bad] == [1, 2, 3]
+    for _, bad in read.bad:  # a traceback would hold the variables of all that looked at the record
+        assert (bad.__traceback__, bad.__cause__, bad.__context__) == (None, None, None)
 
 
 class PanicError(BaseException):

@@ -165,10 +165,17 @@ class SourceRows:
         """Begun so far, as a fraction: documents passed, also those left out, in documents of the source."""
         return self.packer.cursor.document / self.source.order.num_documents
 
-    def fill(self, num_rows: int) -> list[RecordError]:
-        """Read until the packer holds the next `num_rows` rows; returns the bad records left out on the way."""
-        bad: list[RecordError] = []
+    def fill(
+        self, num_rows: int, tell: Callable[[RecordError], None] = lambda bad: None, max_bad_records: int = 0
+    ) -> None:
+        """Read until the packer holds the next `num_rows` rows. `tell` hears of each bad record left out on the way.
+
+        Raises ValueError once more than `max_bad_records` (0: no limit) lie before what is still missing.
+        """
+        num_bad = 0
         while self.packer.missing(num_rows):
+            if num_bad > max_bad_records > 0:  # the ledger would count them all, but only behind the last of them
+                raise too_many_bad_records(max_bad_records)
             if self._error is not None:
                 raise self._error
             chunk = self._feed.next()
@@ -179,7 +186,14 @@ class SourceRows:
                     f" {self.source.max_epochs}"
                 )
             else:
-                bad += chunk.bad_records
-                self.packer.append(chunk)
+                for bad in chunk.bad_records:
+                    tell(bad)
+                num_bad += len(chunk.bad_records)
+                self.packer.append(replace(chunk, bad_records=[]))  # it is kept until a row is made of it
                 self._error = chunk.error
-        return bad
+
+
+def too_many_bad_records(limit: int) -> ValueError:
+    return ValueError(
+        f"more bad records than data.max_bad_records = {limit}: look at the data, or raise it (0: no limit)"
+    )

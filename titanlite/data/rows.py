@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from titanlite.data.feed import EndOfData, SourceRows
+from titanlite.data.feed import EndOfData, SourceRows, too_many_bad_records
 from titanlite.data.mixture import Deck
 from titanlite.data.source import RecordError
 from titanlite.data.stream import Ledger
@@ -91,8 +91,7 @@ class RowStream:
         for i in dealing:
             self.sources[i].start()  # all of them, before the first is waited for
         for i in dealing:
-            for bad in self.sources[i].fill(wanted[i]):
-                self._warn_of(bad)
+            self.sources[i].fill(wanted[i], self._warn_of, self._max_bad_records)
         epochs = [s.epochs for s in self.sources]
         tokens: list[np.ndarray] = [np.empty(0)] * len(mine)
         pieces: list[list[np.ndarray]] = [[np.empty(0)] * len(mine) for _ in range(3)]
@@ -117,10 +116,7 @@ class RowStream:
     def _check(self, epochs_before: list[float]) -> None:
         num_bad = sum(ledger.bad_records for ledger in self.ledgers().values())
         if self._max_bad_records and num_bad > self._max_bad_records:
-            raise ValueError(
-                f"{num_bad:,} bad records are more than data.max_bad_records = {self._max_bad_records}: look at the"
-                " data, or raise it (0: no limit)"
-            )
+            raise too_many_bad_records(self._max_bad_records)
         for s, before in zip(self.sources, epochs_before, strict=True):
             if self._speaks and before <= _MANY_EPOCHS < s.epochs:
                 logger.warning(

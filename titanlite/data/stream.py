@@ -178,8 +178,8 @@ class StreamedReader:
                         text = self._source.read(document)
                         ids.append(self._encode(text, document))
                         length, size = len(ids[-1]), len(text.encode("utf-8", "surrogatepass"))
-                    except RecordError as broken:
-                        bad.append((i, broken))
+                    except RecordError as broken:  # a copy: its traceback and its cause hold what was read
+                        bad.append((i, RecordError(broken.place, broken.reason)))
                 lengths.append(length)
                 sizes.append(size)
         except Exception as failure:
