@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,3 +276,35 @@ def test_opening_needs_no_memory_per_document(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert got.ids.tolist() == [257, 256] * 100
+
+
+OPEN_MANY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, int(sys.argv[2])))
+from tests.token_caches import cached, small_shards, source_of, write_jsonl
+from titanlite.data.files import max_open_files
+
+folder = Path(sys.argv[1])
+for i in range(100):
+    write_jsonl(folder / f"{i}.jsonl", [f"document {i} {k}" for k in range(4)])
+sources = [source_of(folder, "*.jsonl") for _ in range(2)]
+with small_shards(50):
+    readers = [cached(source, folder) for source in sources]
+assert readers[0].num_shards >= 200
+for document in range(400):
+    for source, reader in zip(sources, readers):
+        source.read(document)
+        read = reader.read(np.array([document]), np.array([True]))
+        assert read.error is None, read.error
+print(max_open_files())
+"""
+
+
+@pytest.mark.parametrize("limit", [300, 2000])
+def test_few_files_are_open_at_once_whatever_the_number_of_files_and_shards(tmp_path: Path, limit: int) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", OPEN_MANY, str(tmp_path), str(limit)], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout.split()) == (0, [str(limit)]), ended.stderr

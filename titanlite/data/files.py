@@ -4,12 +4,14 @@ Owns the meaning of paths, exclude and format, the built-in corpus, the sampled 
 is said about matches that are no files. Refuses to read in silence less than the user named, and what it cannot read.
 """
 
+import contextlib
 import fnmatch
 import functools
 import glob
 import hashlib
 import os
 import re
+import resource
 import stat
 import sysconfig
 from collections import Counter
@@ -24,6 +26,7 @@ from titanlite.log import logger
 _STANDARD_LIBRARY_SKIPS = frozenset({"test", "tests", "site-packages", "dist-packages", "__pycache__"})
 _THREADS = 16  # they wait for a file system that may be far away; on a local one they neither help nor hurt
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
+_ENOUGH_FILES = 1 << 16
 
 _KINDS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")  # also their suffixes
 _UNREADABLE = re.compile(
@@ -92,6 +95,18 @@ def find_files(source: SourceConfig, key: str = "data") -> list[SourceFile]:
 def shown(path: str) -> str:
     """The path as messages show it: always one line, and text that any terminal and log file takes."""
     return path if path.isprintable() else repr(path)
+
+
+def max_open_files() -> int:
+    """How many files this process may have open: as many as the system lets it, which is often far more than the 1,024
+    that it starts with. A memory map counts as an open file, as Python keeps its descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = _ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_FILES)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+            soft = enough
+    return _ENOUGH_FILES if soft == resource.RLIM_INFINITY else min(soft, _ENOUGH_FILES)
 
 
 def content_digest(read: Callable[[int, int], bytes], size: int) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from titanlite.config.sections import SourceConfig
-from titanlite.data.files import SourceFile, find_files, in_threads, shown
+from titanlite.data.files import SourceFile, find_files, in_threads, max_open_files, shown
 from titanlite.data.formats import (
     RECORD_ERRORS,
     Jsonl,
@@ -29,7 +29,8 @@ from titanlite.data.formats import (
 )
 from titanlite.data.parquet import Parquet, RowGroups
 
-_OPEN_FILES = 128  # files kept open, each with its index; a process may often have 1024 descriptors
+_OPEN_FILES = 128  # files kept open, each with its index
+_OPEN_SHARE = 64  # they are at most 1 in so many of the files that the process may open: it may have many sources
 _MANIFEST_FILES = 10_000  # a manifest names single files up to this number: it is stored in every checkpoint
 
 
@@ -85,7 +86,7 @@ class Source:
         self.num_bytes = sum(file.size for file in files)
         self._cache_dir, self._key = cache_dir, key
         self._row_groups = RowGroups()
-        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._open_file)
+        self._open = functools.lru_cache(min(_OPEN_FILES, max_open_files() // _OPEN_SHARE))(self._open_file)
         # Parquet files are all opened, so that each one's column is checked, even where no number of records is needed.
         parquet = [f for f, file in enumerate(files) if file.kind == "parquet"]
         facts = dict(zip(parquet, in_threads(self._facts, parquet), strict=True))

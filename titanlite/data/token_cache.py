@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from titanlite.data.files import max_open_files
 from titanlite.data.shards import Portion, Shard, cache_folder, plan_shards
 from titanlite.data.source import Numbering, RecordError, Source, SourceError
 from titanlite.data.stream import Documents
 
 _OPENING_THREADS = 8  # checksums and the latency of network storage
 _MAPPED_SHARDS = 1024  # at once; the kernel allows a process 65,530 mappings
+_MAPPED_SHARE = 16  # they are at most 1 in so many of the files that the process may open: it may have many sources
 _SHORT = 128  # tokens: documents shorter than this on average are gathered by index, longer ones piece by piece
 
 
@@ -55,7 +57,7 @@ class CachedReader:
     def __init__(self, source: Source, folder: str, portions: list[Portion], facts: list[_Facts]) -> None:
         self._source, self._folder, self._portions = source, folder, portions
         self._first = np.cumsum([0, *(fact.num_documents for fact in facts)], dtype=np.int64)
-        self._shard = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
+        self._shard = functools.lru_cache(min(_MAPPED_SHARDS, max_open_files() // _MAPPED_SHARE))(self._map)
         if source.numbering is None:
             self.numbering = Numbering(np.concatenate([np.empty(0, np.int64), *(fact.counts for fact in facts)]))
         else:
