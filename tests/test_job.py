@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -245,6 +246,36 @@ def test_an_error_without_words_is_an_error(tmp_path: Path) -> None:
             fail()
     finally:
         dist.destroy_process_group()
+
+
+def main_with_own_paths(config: Path, *overrides: str) -> tuple[int, str]:
+    """`main` with overrides in which {rank} stands for the rank."""
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
+        code = main(["--job.config_file", str(config), *(o.replace("{rank}", str(dist.get_rank())) for o in overrides)])
+    return code, printed.getvalue()
+
+
+@pytest.mark.parametrize("other", ["corpus", "tokenizer", ""])
+def test_ranks_that_read_other_files_train_nothing(tmp_path: Path, other: str) -> None:
+    config = write_config(tmp_path, training__steps=1)
+    for name in ("corpus", "tokenizer"):
+        for rank in "01":
+            shutil.copytree(tmp_path / name, tmp_path / (name + rank))
+    if other == "corpus":
+        (tmp_path / "corpus1/00.txt").write_text("as it was written by now")
+    elif other:
+        end = tmp_path / "tokenizer1/tokenizer_config.json"
+        end.write_text(end.read_text().replace("<|end|>", "<|fin|>"))
+    own = [f'--data.paths=["{tmp_path}/corpus{{rank}}/*.txt"]', f"--tokenizer.path={tmp_path}/tokenizer{{rank}}"]
+    ended = ranks(2).run(main_with_own_paths, config, *own)
+    if not other:
+        assert [code for code, _ in ended] == [0, 0]
+        return
+    assert [code for code, _ in ended] == [1, 1]
+    assert f"the {other} in " in ended[0][1]
+    assert "is not the same on every rank" in ended[0][1]
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def main_with_small_files(config: Path, kib: int) -> tuple[int, str]:

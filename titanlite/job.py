@@ -28,6 +28,7 @@ from titanlite.runtime import (
     RunFailed,
     StopSignal,
     agree,
+    agree_on,
     agreed,
     claim_run_folder,
     describe_environment,
@@ -150,6 +151,14 @@ class Job:
                 tokenizing_share=_tokenizing_share(config, self.mesh.device.type),
             )
         self._stack.callback(self.loader.close)
+        corpus = self.loader.corpus  # each rank found its own: on a node's own disk, or while files were being added
+        agree_on(
+            {
+                "the tokenizer in tokenizer.path": f"fingerprint {self.tokenizer.fingerprint[:12]}",
+                "the corpus in data.paths": f"{corpus['num_files']:,} files, {corpus['num_bytes']:,} bytes, digest"
+                f" {corpus['digest'][:12]}",
+            }
+        )
         self.cursor, self.ledger = meta.get("cursor", {}), meta.get("ledger", {})
 
     def _open_trainer(self) -> None:

@@ -159,6 +159,19 @@ def agree(problem: str | None) -> None:
         raise RunFailed("; ".join(dict.fromkeys(p for p in problems if p)))
 
 
+def agree_on(facts: dict[str, str]) -> None:
+    """Raise the same RunFailed on every rank when ranks differ in one of these facts, given by name. Collective."""
+    seen: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(seen, facts | {"host": socket.gethostname()})
+    for name in facts:
+        for rank, its in enumerate(seen):
+            if its[name] != seen[0][name]:
+                raise RunFailed(
+                    f"{name} is not the same on every rank: {seen[0][name]} on rank 0 ({seen[0]['host']}),"
+                    f" {its[name]} on rank {rank} ({its['host']}); all ranks must read the same files"
+                )
+
+
 @contextmanager
 def agreed() -> Iterator[None]:
     """A user's mistake (ValueError, OSError) on any rank inside is raised on every rank at the end. Collective."""
