@@ -234,6 +234,18 @@ def test_every_token_is_trained_once_and_nothing_that_fits_is_cut(
         assert len(where.get(c, [])) == (0 if n == 0 else max(1, -(-(n - 1) // seq_len)))
 
 
+@given(lengths=documents, sizes=chunk_sizes, seq_len=st.integers(1, 30), window_rows=st.integers(1, 6))
+def test_windows_without_limited_epochs_end_by_their_tokens_alone(
+    lengths: list[int], sizes: list[int], seq_len: int, window_rows: int
+) -> None:
+    lengths = lengths * 4
+    oracle = naive_windows(lengths, seq_len, window_rows, len(lengths))
+    with patch.object(best_fit, "WINDOW_ROWS", window_rows):
+        rows = all_rows(BestFitPacker(seq_len, SourceCursor(), EOS, SEED), chunks_of(lengths, sizes))
+    dealt = [row for part in rows for row in named(part)]
+    assert dealt in ([row for window in part for row in window.rows] for part in (oracle, oracle[:-1]))
+
+
 @given(
     lengths=documents.filter(any),
     sizes=chunk_sizes,

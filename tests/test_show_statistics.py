@@ -65,7 +65,7 @@ def test_best_fit_figures_equal_those_of_the_naive_packer(lengths: list[int], se
     with patch.multiple(survey_module, _PACKED_ROWS=8, _PORTION=4), patch.object(best_fit, "WINDOW_ROWS", 4):
         packing = pack(np.array(lengths), "best_fit", seq_len)
         many = lengths * (40 * seq_len // sum(lengths) + 2)
-        rows = [row for window in naive_windows(many, seq_len, 4, len(lengths), seed=0)[:-1] for row in window.rows][:8]
+        rows = [row for window in naive_windows(many, seq_len, 4, len(many), seed=0)[:-1] for row in window.rows][:8]
     assert len(rows) == packing.num_rows == 8
     pads = sum(row.count(None) for row in rows)
     assert packing.padding == pytest.approx(pads / (8 * (seq_len + 1)))

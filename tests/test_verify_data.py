@@ -473,7 +473,7 @@ def test_bad_records_are_named_by_file_and_line(tmp_path: Path, capsys: pytest.C
         assert number(cells(out, "data", 0)[-1]) == number(cells(out, "data", 1)[-1]) == 30
     # As in training: more of them than it may leave out end it.
     assert run(path, "--data.on_bad_record=skip", "--data.max_bad_records=10") == 1
-    assert "more than data.max_bad_records = 10" in capsys.readouterr().err
+    assert "more bad records than data.max_bad_records = 10" in capsys.readouterr().err
 
 
 def test_documents_behind_the_last_row_of_an_epoch_are_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

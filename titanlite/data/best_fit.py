@@ -124,20 +124,22 @@ class BestFitPacker:
     """Packs chunks that come in the order of the stream, from a cursor on, into rows that do not overlap.
 
     A window ends with the first document with which it has tokens for half a row less than WINDOW_ROWS rows: with the
-    whole of it, most windows would begin one row more than they can fill. It ends with its epoch (of num_documents
-    documents), too, or the number of epochs that a run may take would change rows that it has before its end. A row
-    holds whole documents, and padding at its end: eos_id, each pad a document of its own. A document of more than
-    seq_len + 1 tokens fills rows of its own, each of which repeats the last token of the one before as context, so that
-    every token but the first is a target once; what is left of it, again with that token, is packed like a document.
-    The ledger counts all of a window as read with its first row, and what waits in its later rows as carried.
+    whole of it, most windows would begin one row more than they can fill. Where epochs are limited, it ends with its
+    epoch, too, or their number would change rows before the end; where they are not, a source of a few documents would
+    be padded in every epoch. A row holds whole documents, and padding at its end: eos_id, each pad a document of its
+    own. A document of more than seq_len + 1 tokens fills rows of its own, each of which repeats the last token of the
+    one before as context, so that every token but the first is a target once; what is left of it, again with that
+    token, is packed like a document. The ledger counts all of a window as read with its first row, and what waits in
+    its later rows as carried.
     """
 
-    def __init__(self, seq_len: int, cursor: SourceCursor, eos_id: int, seed: int, num_documents: int) -> None:
+    def __init__(self, seq_len: int, cursor: SourceCursor, eos_id: int, seed: int, epoch_documents: int = 0) -> None:
+        """epoch_documents: of the epochs with which windows end; 0: they do not."""
         self.cursor = cursor
         self.seq_len = seq_len
         self.eos_id = eos_id
         self.seed = seed
-        self.num_documents = num_documents
+        self.epoch_documents = epoch_documents
         self._windows: deque[_Window] = deque()  # closed, not yet dealt
         self._open: list[Chunk] = []  # the next window's documents
         self._room = self._window_tokens
@@ -156,8 +158,9 @@ class BestFitPacker:
         ends = np.cumsum(chunk.lengths)
         first = begin = 0  # the first document that is in no window yet, and its first token
         while True:
-            epoch_end = first + self.num_documents - (chunk.counter + first) % self.num_documents
-            last = min(int(np.searchsorted(ends, begin + self._room)) + 1, epoch_end)
+            last = int(np.searchsorted(ends, begin + self._room)) + 1
+            if self.epoch_documents:
+                last = min(last, first + self.epoch_documents - (chunk.counter + first) % self.epoch_documents)
             if last > len(ends):
                 break
             self._open.append(_part(chunk, first, last, begin, int(ends[last - 1])))

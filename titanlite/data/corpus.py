@@ -71,7 +71,8 @@ def open_corpus(
         "tokenizer": tokenizer.fingerprint[:32],
         "sources": {
             name: f"{rows} of {deck.num_rows} rows, {manifests[name]['digest']}"
-            for name, rows in zip(sources, deck.counts.tolist(), strict=True)
+            + ", windows end with its epochs" * (data.packing == "best_fit" and source.max_epochs > 0)
+            for (name, source), rows in zip(sources.items(), deck.counts.tolist(), strict=True)
         },
     }
     return Corpus(sources, texts, deck, _join(manifests), identity)
@@ -106,7 +107,7 @@ def open_rows(
         packer: Packer = (
             RowPacker(seq_len, start)
             if data.packing == "split"
-            else BestFitPacker(seq_len, start, eos_id, seed, source.order.num_documents)
+            else BestFitPacker(seq_len, start, eos_id, seed, source.order.num_documents if source.max_epochs else 0)
         )
         feed = ChunkFeed(source, start.document, threads, num_ahead, data.on_bad_record == "skip")
         lanes.append(SourceRows(source, packer, feed))

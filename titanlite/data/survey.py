@@ -110,9 +110,7 @@ class Packing:
 def pack(lengths: np.ndarray, packing: str, seq_len: int) -> Packing:
     """Pack documents (tokens, int64 [n]) in the given order, over and over, into some thousand rows."""
     start = SourceCursor()
-    packer: Packer = (
-        RowPacker(seq_len, start) if packing == "split" else BestFitPacker(seq_len, start, 0, 0, len(lengths))
-    )
+    packer: Packer = RowPacker(seq_len, start) if packing == "split" else BestFitPacker(seq_len, start, 0, 0)
     at = num_pieces = squares = 0
     portion = max(1, int(_PORTION * seq_len / lengths.mean()))
     while not at or (packer.cursor.row < _PACKED_ROWS and at < _PACKED_DOCUMENTS):

@@ -217,8 +217,8 @@ class BestFitAccount(_Tally):
     def _pack_window(self, first: int) -> tuple[int, list[list[Piece]]]:
         """The document behind a window, and the window's rows."""
         wanted = self.before(first).tokens + (2 * WINDOW_ROWS - 1) * (self.seq_len + 1) // 2
-        num_documents = self.source.order.num_documents
-        behind = (first // num_documents + 1) * num_documents  # the end of the epoch
+        epoch_documents = self.source.order.num_documents if self.source.max_epochs else 0
+        behind = (first // epoch_documents + 1) * epoch_documents if epoch_documents else self.end
         with suppress(Difference):  # the data end before the window is full
             behind = min(behind, self.find(wanted - 1)[0] + 1)
         counters = np.arange(first, behind)
@@ -226,7 +226,7 @@ class BestFitAccount(_Tally):
         chunk = read_chunk(self._reader, first, documents, self.census.held_out[documents], True)
         if not chunk.lengths.any():
             return behind, []
-        packer = BestFitPacker(self.seq_len, SourceCursor(0, first, 0), 0, self._seed, num_documents)
+        packer = BestFitPacker(self.seq_len, SourceCursor(0, first, 0), 0, self._seed, epoch_documents)
         packer.append(chunk)
         rows: list[list[Piece]] = []
         while packer.cursor.document == first and not packer.missing(1):

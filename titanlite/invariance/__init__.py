@@ -1,1 +1,1 @@
-"""Parity's parts: layouts (of a run), launch (its ranks), recording (what each computes), comparison (with the first)."""
+"""Parity's parts: layouts, launch (of ranks), recording (what each computes), comparison (with the first layout)."""
