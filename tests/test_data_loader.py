@@ -319,9 +319,10 @@ def test_warnings_are_bounded_and_come_from_one_rank(tmp_path: Path, caplog: pyt
     ]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_corpus_of_bad_records_only_is_an_error_not_a_loop(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "max_epochs"), [(0, 0), (2, 0), (0, 1), (2, 1), (0, 2)])
+def test_corpus_of_bad_records_only_is_an_error_not_a_loop(tmp_path: Path, workers: int, max_epochs: int) -> None:
     data = replace(write_jsonl(tmp_path, [BAD] * 30), on_bad_record="skip", num_workers=workers, prefetch=workers)
+    data = replace(data, max_epochs=max_epochs)
     made = build(data)
     with pytest.raises(ValueError, match="source 'data': no document is left to train on"):
         next(made)

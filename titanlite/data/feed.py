@@ -115,13 +115,15 @@ class ChunkFeed:
         else:
             portion = next(self._portions, None)
             chunk = None if portion is None else self._read(*portion)
+        enough = self._source.order.num_documents  # at the end of the data: just what the last epoch was
         if chunk is not None:
             self._without_token = 0 if len(chunk.ids) else self._without_token + len(chunk.lengths)
-            if self._without_token >= 2 * self._source.order.num_documents:  # so many in a row hold a whole epoch
-                raise ValueError(
-                    f"data source {self._source.name!r}: no document is left to train on, all are bad records or held"
-                    " out (data.held_out_fraction)"
-                )
+            enough *= 2  # so many in a row hold a whole epoch
+        if self._without_token >= enough:
+            raise ValueError(
+                f"data source {self._source.name!r}: no document is left to train on, all are bad records or held"
+                " out (data.held_out_fraction)"
+            )
         return chunk
 
     def _divide(self, counter: int) -> Iterator[tuple[int, np.ndarray]]:
