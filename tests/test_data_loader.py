@@ -459,6 +459,17 @@ raise SystemExit(7)
 """
 
 
+def test_a_refused_cursor_leaves_no_thread(tmp_path: Path) -> None:
+    data = replace(write_jsonl(tmp_path, ["a" * 100]), num_workers=2)
+    (batch,) = batches(data, 1)
+    threads = set(threading.enumerate())
+    with pytest.raises(ValueError, match="cannot resume in another token stream"):
+        build(data, seed=1, cursor=batch.cursor)
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(5)
+    assert set(threading.enumerate()) <= threads
+
+
 def test_process_ends_while_the_loader_runs_and_keeps_its_thread_count(tmp_path: Path) -> None:
     write_jsonl(tmp_path, list(TEXTS))
     arguments = [str(tmp_path / "corpus.jsonl"), str(tmp_path / "cache")]

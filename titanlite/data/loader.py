@@ -124,17 +124,22 @@ def build_loader(
     corpus = open_corpus(data, tokenizer, seq_len=seq_len, seed=seed, tokenizing_share=tokenizing_share)
     first, last = (rank * global_batch_size // dp_degree for rank in (dp_rank, dp_rank + 1))
     threads = Threads(data.num_workers) if data.num_workers else None
-    stream = open_rows(
-        corpus,
-        data,
-        eos_id=tokenizer.eos_id,
-        num_rows=global_batch_size,
-        first=first,
-        last=last,
-        cursor=cursor,
-        saved_corpus=saved_corpus,
-        threads=threads,
-    )
+    try:
+        stream = open_rows(
+            corpus,
+            data,
+            eos_id=tokenizer.eos_id,
+            num_rows=global_batch_size,
+            first=first,
+            last=last,
+            cursor=cursor,
+            saved_corpus=saved_corpus,
+            threads=threads,
+        )
+    except BaseException:  # the cursor of another stream: nobody else would end them
+        if threads is not None:
+            threads.close()
+        raise
     return Loader(
         lambda: _make_batch(stream, first, pin_memory),
         corpus.manifest,
