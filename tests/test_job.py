@@ -10,8 +10,10 @@ import resource
 import shutil
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,8 +24,10 @@ from torch.distributed.tensor import DTensor
 
 from tests.gloo import ranks
 from tests.tiny_run import fingerprints, metrics, write_config
+from titanlite import job as job_module
 from titanlite import trainer as trainer_module
 from titanlite.checkpoint import tensors as checkpoint_files
+from titanlite.data.loader import Loader, build_loader
 from titanlite.job import Job
 from titanlite.runtime import RunFailed, agreed, claim_run_folder
 from titanlite.train import main
@@ -276,6 +280,26 @@ def test_ranks_that_read_other_files_train_nothing(tmp_path: Path, other: str) -
     assert f"the {other} in " in ended[0][1]
     assert "is not the same on every rank" in ended[0][1]
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def main_with_a_slow_rank(config: Path) -> int:
+    """`main` where rank 1 prepares its data for longer than collectives wait."""
+
+    def open_data(job: Job, meta: dict[str, Any]) -> None:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        whole_open_data(job, meta)
+
+    def build(*args: Any, **kwargs: Any) -> Loader:
+        time.sleep(4 * dist.get_rank())
+        return build_loader(*args, **kwargs)
+
+    whole_open_data = Job._open_data
+    with patch.object(Job, "_open_data", open_data), patch.object(job_module, "build_loader", build):
+        return main(["--job.config_file", str(config)])
+
+
+def test_ranks_wait_for_one_that_writes_a_cache(tmp_path: Path) -> None:
+    assert ranks(2).run(main_with_a_slow_rank, write_config(tmp_path, training__steps=1)) == [0, 0]
 
 
 def main_with_small_files(config: Path, kib: int) -> tuple[int, str]:

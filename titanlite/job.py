@@ -38,6 +38,8 @@ from titanlite.runtime import (
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import StepResult, Trainer
 
+_PREPARING_SECONDS = 30 * 24 * 3600  # a rank may wait so long for indices and caches; of one that dies it hears at once
+
 
 @dataclass(frozen=True)
 class Step:
@@ -130,6 +132,7 @@ class Job:
 
     def _open_data(self, meta: dict[str, Any]) -> None:
         config = self.config
+        set_timeout(self.mesh, _PREPARING_SECONDS)
         with agreed():
             self.tokenizer = Tokenizer.load(config.tokenizer.path)
             if self.tokenizer.vocab_size > config.model.vocab_size:
@@ -150,6 +153,7 @@ class Job:
                 pin_memory=self.mesh.device.type == "cuda",
                 tokenizing_share=_tokenizing_share(config, self.mesh.device.type),
             )
+        set_timeout(self.mesh, config.comm.init_timeout_seconds)
         self._stack.callback(self.loader.close)
         corpus = self.loader.corpus  # each rank found its own: on a node's own disk, or while files were being added
         agree_on(

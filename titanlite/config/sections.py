@@ -259,7 +259,8 @@ class ProfilingConfig:
 @dataclass(frozen=True)
 class CommConfig:
     init_timeout_seconds: int = 600
-    """Seconds that collectives may take until the first step is done (compilation, slow starts)."""
+    """Seconds that collectives may take until the first step is done (compilation, slow starts). Ranks wait without
+    limit for one that still builds an index or writes a token cache."""
     train_timeout_seconds: int = 300
     """Seconds that collectives may take after the first step."""
 
