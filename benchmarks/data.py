@@ -280,8 +280,8 @@ def report(figures: Figures, arguments: argparse.Namespace) -> str:
 
 - Index: {index:.2f} GB/s ({verdict("index", index)}).
 - Token cache: {spread(wall)} of tiktoken's speed by wall time ({verdict("writing", statistics.median(wall))}),
-  {spread(cpu)} by CPU time. Reading, JSON, checksums, writing, fsync and the start of the processes are in it, where
-  tiktoken has the texts in memory and its processes are ready.
+  {spread(cpu)} by CPU time ({verdict("writing", statistics.median(cpu))}). Reading, JSON, checksums, writing, fsync and
+  the start of the processes are in it, where tiktoken has the texts in memory and its processes are ready.
 - Rows from the cache: {slowest:.0f} Mtok/s per thread where they are slowest ({verdict("cached", slowest)}).
 - Rows tokenised on the fly: {spread(on_the_fly)} of tiktoken's speed by CPU time.
 
