@@ -279,7 +279,7 @@ class Job:
             "skipped_steps": skipped,
             "cursor": self.cursor,
             "ledger": self.ledger,
-            "corpus": {key: value for key, value in self.loader.corpus.items() if key != "files"},
+            "corpus": {key: value for key, value in self.loader.corpus.items() if key != "sources"},  # they name files
             "layout": self.mesh.describe,
             "rng": bytes(torch.get_rng_state().tolist()).hex(),
             "config": asdict(self.config),
