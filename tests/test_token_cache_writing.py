@@ -168,7 +168,7 @@ def ended(pid: int) -> bool:
 
 
 def test_jobs_that_start_at_once_share_the_work(corpus: Path) -> None:
-    jobs = [start_a_job(corpus, 0.05) for _ in range(3)]
+    jobs = [start_a_job(corpus, 0.15) for _ in range(3)]
     assert [job.wait(60) for job in jobs] == [0, 0, 0]
     assert whole(corpus)
     assert leftovers(corpus) == []

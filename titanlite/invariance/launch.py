@@ -112,6 +112,8 @@ def _serve(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole foreground; the parent ends its ranks
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), LOG_RANK="")
+    # tqdm's lock is then no semaphore that somebody must clean up when this process is killed.
+    multiprocessing.set_start_method("fork", force=True)
     warnings.simplefilter("ignore")  # a training run shows them; here they would bury the result
     torch.set_num_threads(num_threads)
     init_logging(rank)
