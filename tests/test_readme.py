@@ -1,5 +1,8 @@
 """The README tells the truth: its commands run, its keys exist, its files are there."""
 
+import contextlib
+import gzip
+import importlib
 import json
 import os
 import re
@@ -10,11 +13,17 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from tests.byte_tokenizer import ByteTokenizer
 from tests.tiny_run import descendants, fingerprints, metrics
 from titanlite.config import load_config
 from titanlite.config.schema import SCHEMA
+from titanlite.config.sections import DataConfig
+from titanlite.data.corpus import open_corpus
+from titanlite.data.mixture import Deck
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -54,6 +63,58 @@ def test_every_key_and_file_exists() -> None:
             assert key in SCHEMA[section], f"{section}.{key}"
     for path in re.findall(r"[`(]((?:\./|\w+/)*\w+\.(?:sh|py|md|slurm)|\w+/\w+\.toml)[`)]", README):
         assert (ROOT / path).exists(), path
+
+
+def test_every_verb_is_there_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = re.findall(r"^    python -m (titanlite\.\w+) (.*)$", OURS, re.MULTILINE)
+    assert {name for name, _ in commands} == {f"titanlite.{verb}" for verb in ("cache", "show", "parity", "verify")}
+    for name, words in commands:
+        with contextlib.suppress(SystemExit):
+            assert importlib.import_module(name).main(["--help"]) == 0
+        usage = capsys.readouterr().out
+        options = [word for word in shlex.split(words) if word.startswith("--")]
+        assert all(option in usage for option in options), (name, options)
+
+
+def tables(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", OURS, re.MULTILINE | re.DOTALL)
+
+
+def weights_in(toml: str) -> dict[str, float]:
+    tables = (table.split("]", 1) for table in toml.split("[data.sources.")[1:])
+    return {name: float(re.search(r"^weight = (\S+)", keys, re.MULTILINE)[1]) for name, keys in tables}  # type: ignore[index]
+
+
+def test_every_toml_example_is_a_valid_configuration(tmp_path: Path) -> None:
+    examples = tables("toml")
+    for k, example in enumerate(examples):
+        (tmp_path / f"{k}.toml").write_text(example)
+        config = load_config(["--job.config_file", str(tmp_path / f"{k}.toml")])
+        assert {name: source.weight for name, source in config.data.sources.items()} == weights_in(example)
+    (weights,) = filter(None, map(weights_in, examples))
+    number = int(re.search(r"every deck \(here of (\d+) rows\)", OURS)[1])  # type: ignore[index]
+    assert Deck(weights, 0).num_rows == number
+
+
+def test_formats_are_read_as_the_table_says(tmp_path: Path) -> None:
+    """A file of each suffix in the table; the reader that "auto" takes is the table's."""
+    table = OURS[OURS.index("| files | a document is |") :].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    suffixes = {suffix: row for row in rows for suffix in re.findall(r"`(\.[a-z.]+)`", row[0])}
+    assert set(suffixes) == {".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"}
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("one", "two", "three")).encode()
+    zstd = importlib.import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+    for suffix, (_, unit, read) in suffixes.items():
+        path = tmp_path / f"a{suffix}"
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two", "three"]}), path)
+        else:
+            pack = {".jsonl.gz": gzip.compress, ".jsonl.zst": zstd.compress}.get(suffix, bytes)
+            path.write_bytes(pack(b"one" if suffix == ".txt" else lines))
+        data = DataConfig(paths=(str(path),), cache_dir=str(tmp_path / "cache"))
+        manifest = open_corpus(data, ByteTokenizer(), seq_len=4, seed=0).manifest["sources"]["data"]
+        assert manifest["num_documents"] == (1 if unit.startswith("a file") else 3), suffix
+        assert manifest["reader"] == ("cached" if read.startswith("through the token cache") else "streamed"), suffix
 
 
 def run_train(folder: Path, *overrides: str, **environment: str) -> "subprocess.CompletedProcess[str]":
