@@ -1,5 +1,6 @@
 """Checkpoints that were cut off, damaged or made by an enemy: never taken, always named, and nothing of theirs runs."""
 
+import enum
 import json
 import os
 import pickle
@@ -210,6 +211,37 @@ def test_code_planted_in_a_shard_does_not_run(tmp_path: Path, good: Path) -> Non
     assert not (tmp_path / "proof").exists()
     torch.load(path / "__1_0.distcp", weights_only=False)
     assert (tmp_path / "proof").exists()
+
+
+class Reached:
+    """Pickled as getattr(kind, name), as Python 3.11.0 to 3.11.3 pickle members of enums."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.kind, self.name)
+
+
+def test_getattr_in_the_metadata_reaches_members_of_enums_and_nothing_else(tmp_path: Path, good: Path) -> None:
+    path = tmp_path / NEWEST
+    shutil.copytree(good / NEWEST, path)
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    tensors = [entry for entry in metadata.state_dict_metadata.values() if hasattr(entry, "properties")]
+    places = tensors[0].properties.__getstate__()
+    (member,) = (place for place in places if isinstance(place, enum.Enum))
+    for kind, name in ((type(member), member.name), (type(member), "mro"), (type(metadata), "__init__")):
+        changed = [Reached(kind, name) if place is member else place for place in places]
+        with mock.patch.object(
+            type(tensors[0].properties), "__getstate__", lambda self, changed=changed: tuple(changed)
+        ):
+            (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        seal(path)
+        if name == member.name:
+            verify(str(path))
+        else:
+            with pytest.raises(DamagedCheckpoint, match=r"asks for getattr\(.*, '\w+'\), which no checkpoint"):
+                verify(str(path))
 
 
 def test_an_entry_that_is_not_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
