@@ -109,7 +109,13 @@ def test_help_names_its_option_and_all_keys(capsys: pytest.CaptureFixture[str]) 
 def start(config: Path, *arguments: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "titanlite.cache", "--job.config_file", str(config), *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
 
 
