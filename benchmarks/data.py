@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import resource
 import shutil
@@ -29,6 +28,7 @@ from typing import Any
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
+from benchmarks.common import circumstances, publish
 from titanlite.config.sections import DataConfig, SourceConfig
 from titanlite.data.cache_writer import available_cores, write_cache
 from titanlite.data.corpus import open_corpus, open_rows
@@ -259,11 +259,6 @@ def measure(folder: Path, num_bytes: int, rounds: int, num_processes: int) -> Fi
 
 
 def report(figures: Figures, arguments: argparse.Namespace) -> str:
-    from titanlite.runtime import describe_environment  # imports torch, which the processes above do without
-
-    environment = describe_environment()
-    changes = " with uncommitted changes" if environment["git_changes"] else ""
-    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     index = statistics.median(cost.amount / cost.wall / 1e9 for cost in figures.index)
     slowest = min(
         statistics.median(cost.amount / cost.wall / 1e6 for cost in costs) for costs in figures.cached.values()
@@ -273,6 +268,7 @@ def report(figures: Figures, arguments: argparse.Namespace) -> str:
     alone = zip(figures.raw_alone, figures.streamed, strict=True)
     on_the_fly = [own.amount / own.cpu / (raw.amount / raw.cpu) for raw, own in alone]
     heaviest = max(peak for _, peak, _ in figures.readers.values()) * 1.048576
+    load = f". The machine's load at the end was {os.getloadavg()[0]:.1f}."
     options = f"--bytes {arguments.bytes} --rounds {arguments.rounds} --processes {arguments.processes}"
     return f"""# From text to rows, CPU, {date.today()}
 
@@ -295,11 +291,7 @@ kernel takes back when it needs them. A process that wrote the cache took at mos
 - Data: {arguments.bytes:,} bytes of jsonl, {figures.documents:,} documents of exponentially distributed length (mean
   {LONG:,} characters of Python source), {figures.num_tokens:,} tokens; a tenth as much with a mean of {SHORT}
 - Rows: {ROWS} of {SEQ_LEN} tokens a step; order, reading and packing in one thread. {arguments.rounds} rounds
-- Hardware: {cpu_name()}, {os.cpu_count()} cores. The machine's load at the end was {os.getloadavg()[0]:.1f}.
-- Versions: Python {environment["python"]}, {versions}
-- Commit: {environment["git"]}{changes}
-- Command: `python -m benchmarks.data {options}`
-"""
+{circumstances(f"python -m benchmarks.data {options}", load)}"""
 
 
 def speeds(figures: Figures, num_processes: int) -> str:
@@ -330,14 +322,6 @@ def verdict(what: str, figure: float) -> str:
     return f"bound {BOUNDS[what]:g}: {'met' if met else 'missed'}"
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    for entry in info.read_text().splitlines() if info.exists() else []:
-        if entry.startswith("model name"):
-            return entry.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=summary, epilog=details)
@@ -351,10 +335,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         figures = measure(Path(folder), arguments.bytes, arguments.rounds, arguments.processes)
     text = report(figures, arguments)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
+    publish(text, arguments.out)
 
 
 if __name__ == "__main__":

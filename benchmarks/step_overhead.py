@@ -11,7 +11,6 @@ On a machine that is not idle, trust the CPU times and set OMP_WAIT_POLICY=passi
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from benchmarks.common import circumstances, publish
 from titanlite.config import (
     ActivationCheckpointConfig,
     CheckpointConfig,
@@ -40,7 +40,6 @@ from titanlite.config import (
 )
 from titanlite.job import Job
 from titanlite.model import Documents, Llama, build_documents, labels, num_parameters
-from titanlite.runtime import describe_environment
 
 BOUND = 1.05
 THREADS = 2
@@ -176,15 +175,14 @@ def table(times: dict[str, list[Seconds]]) -> str:
 
 
 def report(times: dict[str, list[Seconds]], config: Config, arguments: argparse.Namespace) -> str:
-    environment = describe_environment()
-    changes = " with uncommitted changes" if environment["git_changes"] else ""
-    versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
     model = config.model
     pairs = list(zip(times["train_step"], times["bare loop"], strict=True))
     wall = statistics.median(own.wall / bare.wall for own, bare in pairs)
     cpu = statistics.median(own.cpu / bare.cpu for own, bare in pairs)
     policy = os.environ.get("OMP_WAIT_POLICY")
-    wait_policy = f"OMP_WAIT_POLICY={policy} " if policy else ""
+    command = f"python -m benchmarks.step_overhead --steps {arguments.steps}"
+    if policy:
+        command = f"OMP_WAIT_POLICY={policy} {command}"
     verdict = "met" if wall <= BOUND else "missed"
     return f"""# Step overhead over a bare FSDP2 loop, CPU, {date.today()}
 
@@ -196,19 +194,7 @@ def report(times: dict[str, list[Seconds]], config: Config, arguments: argparse.
 - Work: {num_parameters(model) / 1e6:.1f} M parameters (dim {model.dim}, {model.n_layers} layers),
   {ROWS} rows of {SEQ_LEN} = {ROWS * SEQ_LEN} tokens a step, packed documents of the built-in corpus, sdpa attention,
   float32, no activation checkpointing, no compile, one rank. The losses of both sides agree at every step (1e-4).
-- Hardware: {cpu_name()}, {os.cpu_count()} cores, {THREADS} threads used
-- Versions: Python {environment["python"]}, {versions}
-- Commit: {environment["git"]}{changes}
-- Command: `{wait_policy}python -m benchmarks.step_overhead --steps {arguments.steps}`
-"""
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+{circumstances(command, f", {THREADS} threads used")}"""
 
 
 def main() -> None:
@@ -224,10 +210,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     times, config = measure(arguments.steps)
     text = report(times, config, arguments)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
+    publish(text, arguments.out)
 
 
 if __name__ == "__main__":
