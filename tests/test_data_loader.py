@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.byte_tokenizer import ByteTokenizer
+from tests.loaders import batches, build
 from titanlite.config.sections import DataConfig
 from titanlite.data import feed
 from titanlite.data.corpus import open_corpus
-from titanlite.data.loader import Batch, Loader, build_loader
+from titanlite.data.loader import Batch
 from titanlite.data.order import DocumentOrder
 from titanlite.data.source import RecordError, Source, SourceError
 
@@ -43,19 +44,6 @@ def write_jsonl(folder: Path, records: list[str | bytes]) -> DataConfig:
     lines = [json.dumps({"text": r}).encode() if isinstance(r, str) else r for r in records]
     (folder / "corpus.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
     return DataConfig(paths=(str(folder / "corpus.jsonl"),), cache_dir=str(folder / "cache"), num_workers=0, prefetch=0)
-
-
-def build(data: DataConfig, **kwargs: Any) -> Loader:
-    defaults = {"seq_len": 16, "global_batch_size": 4, "seed": 0, "dp_rank": 0, "dp_degree": 1}
-    return build_loader(data, kwargs.pop("tokenizer", ByteTokenizer()), **defaults | kwargs)
-
-
-def batches(data: DataConfig, num_batches: int, **kwargs: Any) -> list[Batch]:
-    made = build(data, **kwargs)
-    try:
-        return list(islice(made, num_batches))
-    finally:
-        made.close()
 
 
 def same(a: Batch, b: Batch) -> None:

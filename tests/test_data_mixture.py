@@ -14,11 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.byte_tokenizer import ByteTokenizer
+from tests.loaders import batches, build
 from titanlite.config.sections import DataConfig, SourceConfig
 from titanlite.data import feed
 from titanlite.data.feed import EndOfData
-from titanlite.data.loader import Batch, Loader, build_loader
 from titanlite.data.mixture import Deck
 from titanlite.data.order import DocumentOrder, HeldOut
 
@@ -122,19 +121,6 @@ def mixture(folder: Path, **sources: dict[str, Any]) -> DataConfig:
         (folder / f"{name}.jsonl").write_text(lines)
     configs = {name: SourceConfig(paths=(str(folder / f"{name}.jsonl"),), **keys) for name, keys in sources.items()}
     return DataConfig(sources=configs, cache_dir=str(folder / "cache"), num_workers=0, prefetch=0, shuffle_block=8)
-
-
-def build(data: DataConfig, **kwargs: Any) -> Loader:
-    defaults = {"seq_len": 16, "global_batch_size": 4, "seed": 0, "dp_rank": 0, "dp_degree": 1}
-    return build_loader(data, ByteTokenizer(), **defaults | kwargs)
-
-
-def batches(data: DataConfig, num_batches: int, **kwargs: Any) -> list[Batch]:
-    made = build(data, **kwargs)
-    try:
-        return list(islice(made, num_batches))
-    finally:
-        made.close()
 
 
 def naive_rows(name: str, num_rows: int, seq_len: int, seed: int, block: int, share: float = 0.0) -> list[list[int]]:
