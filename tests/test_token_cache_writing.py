@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gzip
 import logging
 import os
 import pickle
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.byte_tokenizer import ByteTokenizer
@@ -38,8 +40,8 @@ from tests.token_caches import (
     write,
     write_corpus,
 )
-from titanlite.data import cache_progress, cache_writer, shard_writer
-from titanlite.data.cache_writer import write_cache
+from titanlite.data import cache_job, cache_processes, cache_progress, cache_writer, shard_writer
+from titanlite.data.cache_writer import WritingStopped, write_cache
 from titanlite.data.shards import Portion, plan_shards
 from titanlite.data.source import SourceError
 from titanlite.tokenizer import Tokenizer
@@ -112,7 +114,7 @@ def test_a_shard_that_is_there_once_the_lock_is_had_is_not_written_again(
 
     for path in shard_files(corpus):
         path.unlink()
-    monkeypatch.setattr(cache_writer, "shard_lock", late)
+    monkeypatch.setattr(cache_job, "shard_lock", late)
     monkeypatch.setattr(cache_writer, "_estimate", lambda *_: 0.0)
     write(corpus, Watched(corpus / "notes"), 0)
     assert notes_of(corpus / "notes") == []
@@ -212,7 +214,7 @@ def test_a_killed_worker_is_replaced_by_the_others(corpus: Path) -> None:
 
 
 def test_a_job_without_workers_left_says_so(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_writer, "_work", kill_yourself)
+    monkeypatch.setattr(cache_processes, "_work", kill_yourself)
     with pytest.raises(ValueError, match="ended before it was done") as error:
         write(corpus, ByteTokenizer(), 2)
     assert "\n" not in str(error.value)
@@ -339,6 +341,68 @@ def test_a_bad_record_stops_with_its_line_and_finished_shards_stay(corpus: Path,
         (bad,) = everything(cached(source_of(corpus, "a.jsonl"), corpus)).bad
     assert bad[0] == 100
     assert str(bad[1]).startswith(f"{corpus}/a.jsonl:101: bad JSON")
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_too_many_bad_records_stop_it_with_one_of_them_however_often_it_starts(
+    corpus: Path, num_processes: int
+) -> None:
+    lines = (corpus / "a.jsonl").read_text().splitlines()
+    for number in (3, 50, 80, 110):  # in four of the shards
+        lines[number] = "{"
+    (corpus / "a.jsonl").write_text("\n".join(lines))
+    cache = str(corpus / "cache")
+    with small_shards(1400):
+        source = source_of(corpus, "a.jsonl")
+        for _ in range(3):  # those in finished shards count too
+            with pytest.raises(
+                ValueError, match=r"a\.jsonl:(4|51|81|111): bad JSON.*more bad records than data\.max_bad"
+            ):
+                write_cache(source, ByteTokenizer(), cache, num_processes, False, max_bad_records=3)
+        write_cache(source, ByteTokenizer(), cache, num_processes, False, max_bad_records=4)
+        assert len(everything(cached(source, corpus)).bad) == 4
+
+
+def test_a_compressed_file_of_bad_records_is_not_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    lines = [b'{"text": "good"}', *[b"{"] * 10, os.urandom(600_000).hex().encode()]
+    path.write_bytes(gzip.compress(b"\n".join(lines))[:-20])  # to read its end would be another error
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz:7: bad JSON.*data\.max_bad_records = 5: look at the data"):
+        write_cache(source_of(tmp_path, path.name), ByteTokenizer(), str(tmp_path / "cache"), 0, False, 5)
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_a_stop_is_heeded_at_once_and_the_next_start_goes_on(corpus: Path, num_processes: int) -> None:
+    children = set(workers_of(os.getpid()))
+    slow = Watched(corpus / "notes", 0.05)  # 6 s in all
+    with small_shards(1400):
+        source = source_of(corpus, "a.jsonl")
+        with pytest.raises(WritingStopped):
+            write_cache(source, slow, str(corpus / "cache"), num_processes, True, 0, lambda: bool(shard_files(corpus)))
+    assert set(workers_of(os.getpid())) == children
+    before = {path: path.stat().st_mtime_ns for path in shard_files(corpus)}
+    assert 0 < len(before) < NUM_SHARDS
+    assert not [name for name in leftovers(corpus) if name.endswith(".tmp")]
+    write(corpus, ByteTokenizer(), 0)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert whole(corpus)
+
+
+@pytest.mark.slow
+def test_a_stop_is_heeded_while_nothing_happens(corpus: Path) -> None:
+    """A tokenizer that takes long over each document: no event comes."""
+    asked: list[float] = []
+
+    def stop() -> bool:
+        asked.append(time.monotonic())
+        return len(asked) > 5
+
+    with small_shards(1400):
+        arguments = source_of(corpus, "a.jsonl"), Watched(corpus / "notes", 1.5), str(corpus / "cache"), 2, True, 0
+        with pytest.raises(WritingStopped):
+            write_cache(*arguments, stop)
+    assert max(np.diff(asked)) < 1
+    assert time.monotonic() - asked[-1] < 8
 
 
 @pytest.mark.parametrize("num_processes", [0, 2])

@@ -80,7 +80,7 @@ def _write(
     """Complete the cache of a source; its row of the table."""
     source = open_source(name, config, data.cache_dir)
     start, before = time.monotonic(), num_cached_tokens(source, tokenizer.fingerprint, data.cache_dir)
-    write_cache(source, tokenizer, data.cache_dir, num_processes, data.on_bad_record == "stop")
+    write_cache(source, tokenizer, data.cache_dir, num_processes, data.on_bad_record == "stop", data.max_bad_records)
     reader = open_cache(source, tokenizer.fingerprint, data.cache_dir)
     if reader is None:
         raise ValueError(f"data.cache_dir: the token cache of source {name!r} was damaged while it was written")

@@ -14,7 +14,7 @@ from titanlite.log import logger
 _LOG_SECONDS = 10.0
 
 Event = tuple[str, int, int]
-"""What happened, the shard's number among the missing ones, bytes of text: see Progress.take."""
+"""What happened, the shard's number among the missing ones, a count: see Progress.take."""
 
 
 class Progress:
@@ -50,13 +50,13 @@ class Progress:
     def complete(self) -> bool:
         return not self._open
 
-    def take(self, event: str, shard: int, num_bytes: int) -> None:
-        """What happened to a shard: "writing" (so many bytes of text are done), "done" (here or elsewhere), "busy"
-        (another process writes it, and there is nothing else to do)."""
+    def take(self, event: str, shard: int, count: int) -> None:
+        """What happened to a shard: "writing" (so many bytes of text are done), "done" (here or elsewhere; it has so
+        many bad records), "busy" (another process writes it, and there is nothing else to do)."""
         weight = self._missing[shard].weight
         if event == "writing":
             self._building.add(shard)
-            self._set(shard, min(num_bytes, weight))
+            self._set(shard, min(count, weight))
         elif event == "done":
             self._building.discard(shard)
             self._open.discard(self._missing[shard].name)

@@ -5,7 +5,7 @@ resume in it.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -43,12 +43,19 @@ class Corpus:
 
 
 def open_corpus(
-    data: DataConfig, tokenizer: DocumentEncoder, *, seq_len: int, seed: int, tokenizing_share: float = 0.0
+    data: DataConfig,
+    tokenizer: DocumentEncoder,
+    *,
+    seq_len: int,
+    seed: int,
+    tokenizing_share: float = 0.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Corpus:
     """The corpus that `data` names; where a reader needs a token cache, that is written first.
 
-    tokenizing_share: of this host's cores, what tokenising during training would take, as far as known. Raises
-    ValueError, in one line with the fix, for anything that cannot be read or written.
+    tokenizing_share: of this host's cores, what tokenising during training would take, as far as known. `stop` is asked
+    twice a second while a cache is written: WritingStopped where it says yes. Raises ValueError, in one line with the
+    fix, for anything that cannot be read or written.
     """
     weights = _weights(source_configs(data))
     deck = Deck(weights, seed)
@@ -58,7 +65,7 @@ def open_corpus(
     for name in weights:
         config = source_configs(data)[name]
         texts[name] = source = open_source(name, config, data.cache_dir)
-        reader = _open_reader(source, data, tokenizer, tokenizing_share)
+        reader = _open_reader(source, data, tokenizer, tokenizing_share, stop)
         sources[name] = _stream_source(source, reader, data, config, seed)
         manifests[name] = _manifest(source, reader, config)
         _describe(name, config.paths, manifests[name])
@@ -158,7 +165,9 @@ def _manifest(source: Source, reader: Reader, config: SourceConfig) -> dict[str,
     }
 
 
-def _open_reader(source: Source, data: DataConfig, tokenizer: DocumentEncoder, tokenizing_share: float) -> Reader:
+def _open_reader(
+    source: Source, data: DataConfig, tokenizer: DocumentEncoder, tokenizing_share: float, stop: Callable[[], bool]
+) -> Reader:
     if data.reader == "streamed" and not source.random_access:
         raise ValueError(
             f'data.reader = "streamed": source {source.name!r} has compressed or otherwise sequential files, whose'
@@ -178,7 +187,8 @@ def _open_reader(source: Source, data: DataConfig, tokenizer: DocumentEncoder, t
         if why:
             logger.info(f"source {source.name!r}: writing a token cache ({why})")
             num_processes = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            write_cache(source, tokenizer, data.cache_dir, num_processes, data.on_bad_record == "stop")
+            stops_on_bad = data.on_bad_record == "stop"
+            write_cache(source, tokenizer, data.cache_dir, num_processes, stops_on_bad, data.max_bad_records, stop)
             cached = open_cache(source, tokenizer.fingerprint, data.cache_dir)
             assert cached is not None, "the cache is not what was just written"
             return cached

@@ -109,19 +109,21 @@ def build_loader(
     saved_corpus: Mapping[str, Any] | None = None,
     pin_memory: bool = False,
     tokenizing_share: float = 0.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Loader:
     """The batches of one dp rank, from the start of the stream or from a batch's `cursor` on.
 
     On resume the number of ranks, readers, workers, prefetched batches and global_batch_size may be others; what
     defines the stream may not. With `saved_corpus` (the manifest of then) a refusal names the files that changed.
-    tokenizing_share: see `corpus.open_corpus`. Raises ValueError, in one line, for a corpus that cannot be read and
-    for a cursor of another stream. Threads begin to read at once.
+    tokenizing_share, stop: see `corpus.open_corpus`. Raises ValueError, in one line, for a corpus that cannot be read
+    and for a cursor of another stream; WritingStopped where `stop` ended the writing of a cache. Threads begin to read
+    at once.
     """
     if global_batch_size % dp_degree:
         raise ValueError(
             f"training.global_batch_size = {global_batch_size} is no multiple of the dp degree {dp_degree}"
         )
-    corpus = open_corpus(data, tokenizer, seq_len=seq_len, seed=seed, tokenizing_share=tokenizing_share)
+    corpus = open_corpus(data, tokenizer, seq_len=seq_len, seed=seed, tokenizing_share=tokenizing_share, stop=stop)
     first, last = (rank * global_batch_size // dp_degree for rank in (dp_rank, dp_rank + 1))
     threads = Threads(data.num_workers) if data.num_workers else None
     try:

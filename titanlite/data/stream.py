@@ -83,7 +83,7 @@ class Documents:
     lengths: np.ndarray
     """Tokens of each document, int64 [documents]; 0 where it was not to be kept or is a bad record."""
     bytes: np.ndarray
-    """UTF-8 bytes of each text, int64 [documents]; a lone surrogate counts 3; 0 where the length is."""
+    """num_text_bytes of each document, int64 [documents]; 0 where the length is."""
     bad: list[tuple[int, RecordError]]
     """Bad records with their index in the request."""
     error: Exception | None = None
@@ -177,7 +177,7 @@ class StreamedReader:
                     try:
                         text = self._source.read(document)
                         ids.append(self._encode(text, document))
-                        length, size = len(ids[-1]), len(text.encode("utf-8", "surrogatepass"))
+                        length, size = len(ids[-1]), num_text_bytes(text)
                     except RecordError as broken:  # a copy: its traceback and its cause hold what was read
                         bad.append((i, RecordError(broken.place, broken.reason)))
                 lengths.append(length)
@@ -201,6 +201,11 @@ def encode_or_raise(encode_document: Callable[[str], np.ndarray], text: str, pla
         raise
     except BaseException as panic:  # tiktoken's PanicException, which `except Exception` misses
         raise RecordError(place(), f"the tokenizer gave up on this text: {panic}") from panic
+
+
+def num_text_bytes(text: str) -> int:
+    """In UTF-8; a lone surrogate counts 3."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True, eq=False)
