@@ -6,10 +6,10 @@
 import sys
 import time
 
-from titanlite.config import ConfigError, load_config
+from titanlite.config import ConfigError, load_config, take_number
 from titanlite.config.sections import DataConfig, SourceConfig, source_configs
 from titanlite.data.cache_writer import available_cores, write_cache
-from titanlite.data.shards import cache_folder
+from titanlite.data.index import cache_folder
 from titanlite.data.source import open_source
 from titanlite.data.token_cache import num_cached_tokens, open_cache
 from titanlite.log import init_logging, logger
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if {"--help", "-h"} & set(arguments):
         print(USAGE, end="")
     try:
-        num_processes = _take_processes(arguments)
+        num_processes, arguments = take_number(arguments, "--processes", available_cores(), 1, "processes")
         config = load_config(arguments)
         init_logging()
         tokenizer = Tokenizer.load(config.tokenizer.path)
@@ -58,20 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         print(row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)))
     print(f"token cache: {cache_folder(config.data.cache_dir)}")
     return 0
-
-
-def _take_processes(arguments: list[str]) -> int:
-    """The value of --processes, which is taken out of the arguments."""
-    text = str(available_cores())
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--processes":
-            text = value if equals else "".join(arguments[i + 1 : i + 2])
-            del arguments[i : i + (1 if equals else 2)]
-            break
-    if not text.isdecimal() or not int(text):
-        raise ValueError(f"--processes {text}: give a number of processes, 1 or more")
-    return int(text)
 
 
 def _write(

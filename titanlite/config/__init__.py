@@ -3,7 +3,7 @@
 from titanlite.config.checks import check
 from titanlite.config.degrees import resolve_degrees
 from titanlite.config.dump import diff, dump_toml
-from titanlite.config.load import load_config
+from titanlite.config.load import load_config, take_number
 from titanlite.config.schema import ConfigError
 from titanlite.config.sections import (
     ActivationCheckpointConfig,
@@ -49,4 +49,5 @@ __all__ = [
     "load_config",
     "resolve_degrees",
     "source_configs",
+    "take_number",
 ]

@@ -57,6 +57,20 @@ def load_config(argv: list[str]) -> Config:
     return config
 
 
+def take_number(argv: list[str], option: str, default: int, least: int, what: str) -> tuple[int, list[str]]:
+    """The value of a verb's own option, and the other arguments. Raises ValueError where it is no number of `what`."""
+    text, arguments = str(default), list(argv)
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            text = value if equals else "".join(arguments[i + 1 : i + 2])
+            del arguments[i : i + (1 if equals else 2)]
+            break
+    if not text.isdecimal() or int(text) < least:
+        raise ValueError(f"{option} {text}: give a number of {what}, {least} or more")
+    return int(text), arguments
+
+
 def _print_help() -> None:
     try:
         print(help_text(), flush=True)

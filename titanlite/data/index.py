@@ -30,16 +30,21 @@ _SCAN_BYTES = 1 << 20  # the block stays in the processor's cache; larger blocks
 _LOG_SECONDS = 10.0
 
 
+def cache_folder(cache_dir: str) -> str:
+    """The folder that data.cache_dir means; empty: $XDG_CACHE_HOME/titanlite, else ~/.cache/titanlite."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return os.path.expanduser(cache_dir or os.path.join(cache, "titanlite"))
+
+
 def load_index(path: str, size: int, content: str, cache_dir: str) -> np.ndarray:
     """Record boundaries of a jsonl file, int64 [num_records + 1], memory-mapped; record k is bytes [b[k], b[k + 1]).
 
     A record is what a newline ends; the empty piece after the last newline is none. The index is taken from
-    `cache_dir` (empty: $XDG_CACHE_HOME/titanlite, else ~/.cache/titanlite) or built there, while other processes wait
+    `cache_dir` or built there, while other processes wait
     for it. Raises ValueError where the folder cannot be written.
     """
     key = hashlib.blake2b(f"{_FORMAT} {size} {content}".encode(), digest_size=16).digest()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    folder = os.path.expanduser(cache_dir or os.path.join(cache, "titanlite"))
+    folder = cache_folder(cache_dir)
     index_path = os.path.join(folder, f"jsonl-{key.hex()}.index")
     bounds = _open(index_path, key, size)
     if bounds is not None:

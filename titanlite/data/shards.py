@@ -49,12 +49,6 @@ class Portion:
     """About how many bytes of text, for progress and estimates."""
 
 
-def cache_folder(cache_dir: str) -> str:
-    """The folder that data.cache_dir means; empty: $XDG_CACHE_HOME/titanlite, else ~/.cache/titanlite."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return os.path.expanduser(cache_dir or os.path.join(cache, "titanlite"))
-
-
 def plan_shards(source: Source, fingerprint: str) -> list[Portion]:
     """How a source is cut into shards, in document order: the same for every job that reads these files."""
     portions = []

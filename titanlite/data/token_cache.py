@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from titanlite.data.files import max_open_files
-from titanlite.data.shards import Portion, Shard, cache_folder, plan_shards
+from titanlite.data.index import cache_folder
+from titanlite.data.shards import Portion, Shard, plan_shards
 from titanlite.data.source import Numbering, RecordError, Source, SourceError
 from titanlite.data.stream import Documents
 
