@@ -20,18 +20,18 @@ from hypothesis import strategies as st
 from tests import tiny_run
 from titanlite import show
 from titanlite.config import Config, dump_toml, load_config
-from titanlite.data import seek as seek_module
 from titanlite.data.corpus import open_corpus, open_rows
 from titanlite.data.feed import EndOfData, StreamSource, Threads
 from titanlite.data.loader import Batch, build_loader
 from titanlite.data.order import DocumentOrder
-from titanlite.data.seek import _jump as jump
-from titanlite.data.seek import seek, trained_lengths
 from titanlite.data.source import Numbering
 from titanlite.data.token_cache import CachedReader
+from titanlite.inspection import seek as seek_module
+from titanlite.inspection.seek import _jump as jump
+from titanlite.inspection.seek import seek, trained_lengths
+from titanlite.inspection.transcript import escaped, pieces_of
 from titanlite.metrics import RunLog
 from titanlite.tokenizer import Tokenizer
-from titanlite.transcript import escaped, pieces_of
 
 STEPS, ROWS, SEQ_LEN = 9, 4, 48
 BEGIN, END = "<|begin|>", "<|end|>"

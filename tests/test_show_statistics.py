@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tests.test_data_best_fit import naive_windows
 from tests.test_show import CORPORA, SEQ_LEN, load, make_config, shown, texts, write_jsonl
 from titanlite.data import best_fit
-from titanlite.data import survey as survey_module
 from titanlite.data.corpus import open_corpus
-from titanlite.data.survey import Survey, pack, survey
+from titanlite.inspection import survey as survey_module
+from titanlite.inspection.survey import Survey, pack, survey
+from titanlite.inspection.transcript import _Pooled as Pooled
 from titanlite.tokenizer import Tokenizer
-from titanlite.transcript import _Pooled as Pooled
 
 
 def naive_split(lengths: list[int], num_rows: int, seq_len: int) -> tuple[int, int, int, int]:

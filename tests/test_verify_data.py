@@ -17,19 +17,19 @@ import pytest
 from tests import tiny_run
 from titanlite.config import Config, load_config
 from titanlite.config.sections import source_configs
-from titanlite.data import seek
 from titanlite.data.best_fit import BestFitPacker
 from titanlite.data.cache_writer import write_cache
-from titanlite.data.census import Census, MeasuredReader
 from titanlite.data.corpus import open_corpus, open_rows
 from titanlite.data.feed import StreamSource
 from titanlite.data.order import DocumentOrder, HeldOut
 from titanlite.data.packing import Packer, RowPacker, fingerprint_part, row_digest
-from titanlite.data.proof import plain_fingerprint
 from titanlite.data.rows import RowStream
 from titanlite.data.source import open_source
 from titanlite.data.stream import Documents, SourceCursor, StreamedReader, read_chunk
-from titanlite.data.tally import account_of, pieces_of
+from titanlite.inspection import seek
+from titanlite.inspection.census import Census, MeasuredReader
+from titanlite.inspection.proof import plain_fingerprint
+from titanlite.inspection.tally import account_of, pieces_of
 from titanlite.metrics import RunLog
 from titanlite.tokenizer import Tokenizer
 from titanlite.verify import main
@@ -195,8 +195,8 @@ def test_every_epoch_reached_is_looked_at(tmp_path: Path, capsys: pytest.Capture
 def test_both_accounts_of_any_row_agree(packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of 0 to 9 tokens in rows of 4: every way in which an edge can lie."""
     monkeypatch.setattr("titanlite.data.best_fit.WINDOW_ROWS", 5)
-    monkeypatch.setattr("titanlite.data.tally.WINDOW_ROWS", 5)
-    monkeypatch.setattr("titanlite.data.tally._BLOCK", 64)
+    monkeypatch.setattr("titanlite.inspection.tally.WINDOW_ROWS", 5)
+    monkeypatch.setattr("titanlite.inspection.tally._BLOCK", 64)
     lengths = np.random.default_rng(0).integers(0, 10, 300)
     held_out = np.arange(300) % 11 == 3
     census = Census(lengths, 3 * lengths, held_out, np.where(held_out, 0, lengths), [])
@@ -325,7 +325,9 @@ def rank_1_sees_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("titanlite.data.proof.fingerprint_part", lambda digests, first: fingerprint_part(digests, 0))
+    monkeypatch.setattr(
+        "titanlite.inspection.proof.fingerprint_part", lambda digests, first: fingerprint_part(digests, 0)
+    )
 
 
 PLACE = r"document \d+ \(.*a\.jsonl:\d+\)"
@@ -516,7 +518,7 @@ def test_the_plain_fingerprint_is_that_of_the_definition() -> None:
 def test_files_without_random_access_are_read_again_only_up_to_a_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("titanlite.data.proof._SEQUENTIAL_BYTES", 10)
+    monkeypatch.setattr("titanlite.inspection.proof._SEQUENTIAL_BYTES", 10)
     path = write(tmp_path, **mixture(tmp_path))
     assert run(path) == 0, capsys.readouterr().err
     assert re.search(r"piece by piece: \d+ by their cache alone, \d+ by their text\n", capsys.readouterr().out)

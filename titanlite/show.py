@@ -18,17 +18,18 @@ from typing import Any, NoReturn
 import numpy as np
 
 from titanlite.config import Config, ConfigError, load_config
+from titanlite.data.cache_writer import available_cores
 from titanlite.data.corpus import Corpus, open_corpus, open_rows
 from titanlite.data.feed import EndOfData, Threads
 from titanlite.data.packing import fingerprint_part, row_digest
 from titanlite.data.rows import StepRows
-from titanlite.data.seek import seek
 from titanlite.data.stream import SourceCursor
-from titanlite.data.survey import pack, survey
 from titanlite.data.token_cache import CachedReader
+from titanlite.inspection.seek import seek
+from titanlite.inspection.survey import pack_every_way, survey
+from titanlite.inspection.transcript import pieces_of, row_text, statistics_text, step_text
 from titanlite.log import init_logging
 from titanlite.tokenizer import Tokenizer
-from titanlite.transcript import pieces_of, row_text, statistics_text, step_text
 
 DESCRIPTION = """\
 Show what a step trains on: the documents in its rows, with source, file, line or row number, counter in the source's
@@ -138,7 +139,7 @@ def show_step(config: Config, options: argparse.Namespace) -> bool:
     try:
         if options.run is None:
             if any(not isinstance(source.reader, CachedReader) for source in corpus.sources.values()):
-                threads = Threads(num_threads := os.cpu_count() or 1)
+                threads = Threads(num_threads := available_cores())
                 config = replace(config, data=replace(config.data, num_workers=num_threads))
             step = find_in_stream(config, corpus, tokenizer.eos_id, options.step, threads)
         else:
@@ -184,11 +185,7 @@ def show_statistics(config: Config) -> bool:
     config = replace(config, data=replace(config.data, reader="auto"))
     _, corpus = open_all(config)
     surveys = {name: survey(source) for name, source in corpus.sources.items()}
-    packed = {
-        name: {packing: pack(found.lengths, packing, config.training.seq_len) for packing in ("split", "best_fit")}
-        for name, found in surveys.items()
-    }
-    print(statistics_text(config, corpus, surveys, packed))
+    print(statistics_text(config, corpus, surveys, pack_every_way(surveys, config.training.seq_len)))
     return True
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from titanlite.config import load_config
+from titanlite.config import load_config, take_number
 
 USAGE = """\
 usage: python -m titanlite.verify checkpoint DIR
@@ -138,9 +138,9 @@ def data(argv: list[str]) -> bool:
     """Count and prove the data of a config; true, as the first thing that is not right is raised."""
     if set(argv) & {"--help", "-h"}:
         print(USAGE)
-    steps, arguments = _take_steps(argv)
+    steps, arguments = take_number(argv, "--steps", 8, 2, "steps to prove")
     config = load_config(arguments)
-    from titanlite.accounts import audit
+    from titanlite.inspection.accounts import audit
     from titanlite.log import init_logging
 
     init_logging()
@@ -149,20 +149,6 @@ def data(argv: list[str]) -> bool:
     except RuntimeError as error:  # a bug of the tokenizer, with the document's place
         raise ValueError(error) from error
     return True
-
-
-def _take_steps(argv: list[str]) -> tuple[int, list[str]]:
-    """The value of --steps, and the other arguments."""
-    text, arguments = "8", list(argv)
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--steps":
-            text = value if equals else "".join(arguments[i + 1 : i + 2])
-            del arguments[i : i + (1 if equals else 2)]
-            break
-    if not text.isdecimal() or int(text) < 2:
-        raise ValueError(f"--steps {text}: give a number of steps to prove, 2 or more")
-    return int(text), arguments
 
 
 if __name__ == "__main__":

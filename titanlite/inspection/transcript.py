@@ -12,7 +12,7 @@ import numpy as np
 from titanlite.config import Config
 from titanlite.data.corpus import Corpus
 from titanlite.data.rows import StepRows
-from titanlite.data.survey import Packing, Survey
+from titanlite.inspection.survey import Packing, Survey
 from titanlite.tokenizer import Tokenizer
 
 _PREVIEW_TOKENS, _PREVIEW_CHARS = 32, 32

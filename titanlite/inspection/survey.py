@@ -4,6 +4,7 @@ Owns the numbers behind `python -m titanlite.show --stats`, and how a sample is 
 at. Refuses to print.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,9 @@ from titanlite.data.best_fit import BestFitPacker
 from titanlite.data.feed import StreamSource
 from titanlite.data.order import permute
 from titanlite.data.packing import Packer, RowPacker
-from titanlite.data.seek import trained_lengths
 from titanlite.data.stream import Chunk, SourceCursor
 from titanlite.data.token_cache import CachedReader
+from titanlite.inspection.seek import trained_lengths
 
 _SAMPLE_BYTES = 1 << 24  # of text that is tokenised for a sample
 _PACKED_ROWS, _PACKED_DOCUMENTS = 1 << 12, 1 << 20  # packed at most; the rows are 16 windows of best_fit
@@ -105,6 +106,14 @@ class Packing:
     """Tokens that no row before has."""
     attention: float
     """Pairs of query and key that document masking leaves, as a share of seq_len^2 per row."""
+
+
+def pack_every_way(surveys: Mapping[str, Survey], seq_len: int) -> dict[str, dict[str, Packing]]:
+    """By source, then by data.packing."""
+    return {
+        name: {packing: pack(found.lengths, packing, seq_len) for packing in ("split", "best_fit")}
+        for name, found in surveys.items()
+    }
 
 
 def pack(lengths: np.ndarray, packing: str, seq_len: int) -> Packing:

@@ -1,7 +1,7 @@
 """The accounts of a corpus: what `python -m titanlite.verify data` counts, prints and proves.
 
 Owns the order of the questions and the words of the answers. Refuses to count by itself: reading, sums, packing and
-comparison are the data room's. Imports no torch.
+comparison are those of the modules beside it. Imports no torch.
 """
 
 import json
@@ -18,18 +18,18 @@ from tqdm import tqdm
 
 from titanlite.config import Config
 from titanlite.data.cache_writer import available_cores
-from titanlite.data.census import Census, take_census
 from titanlite.data.corpus import Corpus, open_corpus, open_rows
 from titanlite.data.feed import EndOfData, Threads
-from titanlite.data.proof import ProvenStep, Prover
 from titanlite.data.rows import total
-from titanlite.data.sampling import Walk, choose_steps, deal_all, lanes_of, measured, row_of
 from titanlite.data.stream import Ledger, SourceCursor
-from titanlite.data.survey import pack, survey_of
-from titanlite.data.tally import Difference, account_of, check_cursor
 from titanlite.data.token_cache import CachedReader
+from titanlite.inspection.census import Census, take_census
+from titanlite.inspection.proof import ProvenStep, Prover
+from titanlite.inspection.sampling import Walk, choose_steps, deal_all, lanes_of, measured, row_of
+from titanlite.inspection.survey import pack_every_way, survey_of
+from titanlite.inspection.tally import Difference, account_of, check_cursor
+from titanlite.inspection.transcript import aligned, statistics_text
 from titanlite.tokenizer import Tokenizer
-from titanlite.transcript import aligned, statistics_text
 
 _NAMED = 20  # bad records
 
@@ -165,10 +165,7 @@ def _equal(what: str, one: int, of_one: str, other: int, of_other: str) -> None:
 def _statistics(config: Config, corpus: Corpus, censuses: Mapping[str, Census]) -> str:
     """Lengths, epochs, and what packing makes of the documents."""
     surveys = {name: survey_of(source, censuses[name].trained) for name, source in corpus.sources.items()}
-    packed = {
-        name: {packing: pack(survey.lengths, packing, config.training.seq_len) for packing in ("split", "best_fit")}
-        for name, survey in surveys.items()
-    }
+    packed = pack_every_way(surveys, config.training.seq_len)
     shares = corpus.deck.counts / corpus.deck.num_rows
     left = float(shares @ [packed[name][config.data.packing].attention for name in corpus.sources])
     return (

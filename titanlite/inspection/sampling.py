@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from titanlite.config.sections import DataConfig
-from titanlite.data.census import Census, MeasuredReader
 from titanlite.data.corpus import Corpus, open_rows
 from titanlite.data.feed import EndOfData, SourceRows
 from titanlite.data.mixture import Deck
 from titanlite.data.stream import Ledger, SourceCursor
+from titanlite.inspection.census import Census, MeasuredReader
 
 _STRIDE_ROWS = 256
 

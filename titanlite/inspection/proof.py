@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from titanlite.config.sections import DataConfig
-from titanlite.data.census import Census
 from titanlite.data.corpus import Corpus, open_rows
 from titanlite.data.feed import Threads
 from titanlite.data.packing import fingerprint_part, row_digest
 from titanlite.data.rows import StepRows
-from titanlite.data.seek import seek
 from titanlite.data.stream import DocumentEncoder, SourceCursor, encode_or_raise
-from titanlite.data.tally import Difference, Piece, account_of, check_cursor, first_unequal, pieces_of
 from titanlite.data.token_cache import CachedReader, open_cache
+from titanlite.inspection.census import Census
+from titanlite.inspection.seek import seek
+from titanlite.inspection.tally import Difference, Piece, account_of, check_cursor, first_unequal, pieces_of
 
 _SEQUENTIAL_BYTES = 1 << 28  # of files without random access that are read again as text
 _MASK = (1 << 64) - 1

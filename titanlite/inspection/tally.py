@@ -16,9 +16,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from titanlite.data.best_fit import WINDOW_ROWS, BestFitPacker
-from titanlite.data.census import Census, MeasuredReader
 from titanlite.data.feed import StreamSource
 from titanlite.data.stream import Ledger, SourceCursor, read_chunk
+from titanlite.inspection.census import Census, MeasuredReader
 
 _BLOCK = 1 << 14  # documents
 
