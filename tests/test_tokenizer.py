@@ -155,7 +155,7 @@ def llama3(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     elif "TITANLITE_LLAMA3_TOKENIZER" in os.environ:
         folder = Path(os.environ["TITANLITE_LLAMA3_TOKENIZER"])
     else:
-        pytest.skip("TITANLITE_LLAMA3_TOKENIZER does not name a folder with Llama 3's files")
+        pytest.skip("Llama 3's files are licensed and not shipped: TITANLITE_LLAMA3_TOKENIZER names a folder with them")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", "")  # transformers reads through tiktoken's path cache
         yield Tokenizer.load(str(folder)), TikTokenConverter(str(folder / "tokenizer.model")).converted()
