@@ -7,7 +7,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,10 +16,11 @@ import numpy as np
 from titanlite.data.order import DocumentOrder, HeldOut
 from titanlite.data.packing import Packer
 from titanlite.data.source import RecordError
-from titanlite.data.stream import Chunk, Ledger, Reader, read_chunk
+from titanlite.data.stream import Chunk, Ledger, Reader, located, read_chunk
 
 CHUNK_BYTES = 256 * 1024  # text per item of work: handing an item from thread to thread costs up to 0.2 ms
 _ORDER_DOCUMENTS = 8192  # documents whose order is computed at once
+_LOOK_SECONDS = 1.0  # after which a waiting thread looks whether those that it waits for are alive
 
 T = TypeVar("T")
 
@@ -52,6 +53,13 @@ class Threads:
             future.cancel()
         return future
 
+    def result(self, future: "Future[T]") -> T:
+        """What a submitted function returns or raises; RuntimeError where a thread died, which nobody would end."""
+        while not wait([future], _LOOK_SECONDS).done:
+            if not self._closed.is_set() and not all(thread.is_alive() for thread in self._threads):
+                raise RuntimeError("a thread that reads data died; what it died of stands in the log of this rank")
+        return future.result()
+
     def close(self) -> None:
         """Cancel what has not begun; the threads end with what they are doing."""
         self._closed.set()
@@ -72,8 +80,10 @@ def _serve(tasks: "queue.SimpleQueue[Any]", closed: threading.Event, set_up: Cal
         elif future.set_running_or_notify_cancel():
             try:
                 future.set_result(function())
-            except BaseException as error:
+            except Exception as error:
                 future.set_exception(error)
+            except BaseException as error:  # a rank that it ended would leave the others waiting
+                future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
         del task, future, function  # or the last result would live until the next task
 
 
@@ -111,7 +121,7 @@ class ChunkFeed:
         """The next chunk; None at the end of the data. Raises ValueError where no document has a token."""
         self.start()
         if self._threads is not None:
-            chunk = self._ahead.popleft().result() if self._ahead else None
+            chunk = self._threads.result(self._ahead.popleft()) if self._ahead else None
         else:
             portion = next(self._portions, None)
             chunk = None if portion is None else self._read(*portion)
@@ -143,8 +153,14 @@ class ChunkFeed:
 
     def _read(self, counter: int, documents: np.ndarray) -> Chunk:
         source = self._source
-        held_out = source.held_out(*source.reader.numbering.places(documents))
-        return read_chunk(source.reader, counter, documents, held_out, self._skip)
+        try:
+            held_out = source.held_out(*source.reader.numbering.places(documents))
+            return read_chunk(source.reader, counter, documents, held_out, self._skip)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            first = source.reader.locate(int(documents[0]))
+            raise located(error, f"{first} or one of the {len(documents) - 1} documents read with it") from error
 
 
 class SourceRows:

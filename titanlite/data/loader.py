@@ -81,7 +81,7 @@ class Loader:
             return self._make()
         batch = self._ahead.popleft()
         try:
-            return batch.result()
+            return self._maker.result(batch)
         except CancelledError:  # closed by another thread
             raise StopIteration from None
         finally:

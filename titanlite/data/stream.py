@@ -182,12 +182,22 @@ class StreamedReader:
                         bad.append((i, RecordError(broken.place, broken.reason)))
                 lengths.append(length)
                 sizes.append(size)
-        except Exception as failure:
-            error = failure
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as failure:
+            error = located(failure, self.locate(document))
         return Documents(np.concatenate(ids), np.array(lengths, np.int64), np.array(sizes, np.int64), bad, error)
 
     def _encode(self, text: str, document: int) -> np.ndarray:
         return encode_or_raise(self._encode_document, text, lambda: self.locate(document))
+
+
+def located(error: BaseException, place: str) -> Exception:
+    """What a user reads of an error: itself, where its words name a place, else an error that does. MemoryError has no
+    words, and the panic of a library is no Exception."""
+    if isinstance(error, OSError | ValueError | RuntimeError):
+        return error
+    return RuntimeError(f"{place}: {type(error).__name__}: {error}".removesuffix(": "))
 
 
 def encode_or_raise(encode_document: Callable[[str], np.ndarray], text: str, place: Callable[[], str]) -> np.ndarray:
