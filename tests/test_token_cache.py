@@ -156,7 +156,7 @@ def test_damaged_tokens_end_the_reading_where_they_are_needed(five_shards: tuple
         got = reader.read(order, np.ones(len(order), bool))
         end = min(i for i, document in enumerate(order) if document in touched)
         assert isinstance(got.error, SourceError)
-        assert str(path) in str(got.error)
+        assert str(got.error).startswith(f"{folder}/a.jsonl:{order[end] + 1}: {path}: this shard")
         assert "delete it" in str(got.error)
         assert len(got.lengths) == len(got.bytes) == end
         assert np.array_equal(got.ids, expected.ids.reshape(100, 42)[order[:end]].ravel())
@@ -178,6 +178,42 @@ def test_a_shard_that_vanishes_ends_the_reading(
     assert portions[2].name in str(got.error)
     with pytest.raises(SourceError, match="gone"):
         reader.lengths(np.array([50]))
+
+
+@pytest.mark.parametrize("damage", ["flip", "flip in the table", "cut off", "emptied", "grown", "gone"])
+def test_a_shard_that_was_read_and_is_damaged_later_ends_the_reading(
+    five_shards: tuple[Path, Source], damage: str
+) -> None:
+    """Also without the signal that ends a process which reads a map behind the end of its file."""
+    folder, source = five_shards
+    reader, expected = cached(source, folder), everything(cached(source, folder))
+    assert everything(reader).error is None  # mapped, and every block verified
+    path = folder / "cache" / plan_shards(source, ByteTokenizer().fingerprint)[2].name
+    content = bytearray(path.read_bytes())
+    content[{"flip": 140, "flip in the table": -200}.get(damage, 0)] ^= 1
+    if "flip" in damage:
+        with path.open("r+b") as file:  # in place
+            file.write(content)
+    elif damage == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, {"cut off": 200, "emptied": 0, "grown": 9000}[damage])
+    got = everything(reader)
+    assert isinstance(got.error, SourceError)
+    assert str(got.error).startswith(f"{folder}/a.jsonl:41: {path}: this shard")
+    assert len(got.lengths) == 40
+    assert np.array_equal(got.ids, expected.ids[: 40 * 42])
+
+
+def test_a_shard_that_another_job_wrote_again_is_read_on(five_shards: tuple[Path, Source]) -> None:
+    folder, source = five_shards
+    reader, expected = cached(source, folder), everything(cached(source, folder))
+    for path in shard_files(folder):
+        shutil.copy(path, folder / "copy")
+        (folder / "copy").replace(path)
+    got = everything(reader)
+    assert got.error is None
+    assert np.array_equal(got.ids, expected.ids)
 
 
 def test_a_cache_is_found_by_content(tmp_path: Path) -> None:

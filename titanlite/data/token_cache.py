@@ -58,7 +58,7 @@ class CachedReader:
     def __init__(self, source: Source, folder: str, portions: list[Portion], facts: list[_Facts]) -> None:
         self._source, self._folder, self._portions = source, folder, portions
         self._first = np.cumsum([0, *(fact.num_documents for fact in facts)], dtype=np.int64)
-        self._shard = functools.lru_cache(min(_MAPPED_SHARDS, max_open_files() // _MAPPED_SHARE))(self._map)
+        self._mapped = functools.lru_cache(min(_MAPPED_SHARDS, max_open_files() // _MAPPED_SHARE))(self._map)
         if source.numbering is None:
             self.numbering = Numbering(np.concatenate([np.empty(0, np.int64), *(fact.counts for fact in facts)]))
         else:
@@ -106,6 +106,8 @@ class CachedReader:
             reason = shards[s].bad[document - int(self._first[s])]
             bad.append((int(kept[i]), RecordError(self.locate(document), reason)))
         ids = _gather({s: shard.tokens for s, shard in shards.items()}, which[:end], starts[:end], lengths[:end])
+        if error is not None:
+            error = SourceError(f"{self.locate(int(documents[kept[end]]))}: {error}")
         all_lengths, all_sizes = np.zeros((2, len(documents) if error is None else int(kept[end])), np.int64)
         all_lengths[kept[:end]], all_sizes[kept[:end]] = lengths[:end], sizes[:end]
         return Documents(ids, all_lengths, all_sizes, bad, error)
@@ -124,7 +126,17 @@ class CachedReader:
             measures[mine] = behind - here
         return measures
 
-    def _map(self, s: int) -> Shard:
+    def _shard(self, s: int) -> Shard:
+        """The shard, as it lies there now: a write to the file would go unseen in what was verified before, and to read
+        a mapped file behind where it was cut off ends the process by a signal."""
+        path = os.path.join(self._folder, self._portions[s].name)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise _damaged(path) from error
+        return self._mapped(s, (status.st_ino, status.st_size, status.st_mtime_ns))
+
+    def _map(self, s: int, stamp: tuple[int, int, int]) -> Shard:
         shard = Shard.open(self._folder, self._portions[s])
         if shard is None:
             raise _damaged(os.path.join(self._folder, self._portions[s].name))
