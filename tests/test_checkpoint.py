@@ -3,12 +3,14 @@
 The reference for what a checkpoint holds is `full`, drawn from the tensor's name alone, and DCP's own reader.
 """
 
+import io
 import json
 import logging
 import os
 import resource
 import signal
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -255,6 +257,22 @@ def test_all_bytes_are_on_disk_before_the_name_and_the_name_before_success(tmp_p
     assert calls[where + 1 :] == [("fsync", folder)]
 
 
+def _save_and_ask_torch(folder: str) -> tuple[bool, bool]:
+    checkpointer, tensors = make(folder), state("plain")
+    checkpointer.save(1, tensors, {})
+    with disk_full_on(0, 64):
+        assert error_of(checkpointer.save, 2, tensors, {}) != "no error"
+    place = next(iter(dcp.FileSystemReader(f"{folder}/step-00000001").read_metadata().storage_data.values()))
+    shard = Path(folder, "step-00000001", place.relative_path).read_bytes()[place.offset :][: place.length]
+    with zipfile.ZipFile(io.BytesIO(shard)) as records:
+        return torch.serialization.get_crc32_options(), records.testzip() is None
+
+
+def test_bytes_are_summed_once(tmp_path: Path) -> None:
+    """By us: torch.save's own checksums, which no reader looks at, are off during a save, and only then."""
+    assert ranks(1).run(_save_and_ask_torch, str(tmp_path)) == [(True, False)]
+
+
 def _fail_on_rank_1(folder: str, async_save: bool, limit: int) -> tuple[str, list[str], list[str]]:
     checkpointer, tensors = make(folder, async_save=async_save), state("fsdp2")
     large = {**tensors, "large": distribute_tensor(torch.zeros(10**5), init_device_mesh("cpu", (2,)), [Shard(0)])}
@@ -313,7 +331,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
     errors = ranks(2).run(_wrong_saves, str(tmp_path))
     assert errors[0] == errors[1]
     space, blocked, not_tensor, not_json, absent = errors[0]
-    assert "a checkpoint needs 4000000.00" in space
+    assert "a checkpoint needs 4,000,000,00" in space
     assert "Not a directory" in blocked
     assert "epoch is a int" in not_tensor
     assert "not JSON serializable" in not_json
