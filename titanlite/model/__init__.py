@@ -10,12 +10,14 @@ from titanlite.model.attention import (
     realise,
     resolve_backend,
 )
+from titanlite.model.kv_cache import KVCache
 from titanlite.model.llama import Llama, flops_per_token, initial_mean_std, num_parameters
 from titanlite.model.selfcheck import check_backend, check_rule
 
 __all__ = [
     "IGNORE_INDEX",
     "Documents",
+    "KVCache",
     "Llama",
     "build_documents",
     "check_backend",

@@ -6,7 +6,8 @@ Token i attends to token j iff starts[i] <= j <= i. Nothing else in titanlite ma
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from titanlite.model.flex import BLOCK, document_block_mask, flex_document_attention
 from titanlite.model.sdpa import document_attention
+
+if TYPE_CHECKING:
+    from titanlite.model.kv_cache import LayerCache
 
 IGNORE_INDEX = -100
 """Label of a target that is not trained: the first token of a document, which nothing in it predicts."""
@@ -27,14 +31,15 @@ def document_starts(tokens: Tensor, eos_id: int) -> Tensor:
     return torch.where(begins, index, 0).cummax(1).values
 
 
-def document_starts_from_lengths(lengths: Sequence[Sequence[int]], seq_len: int) -> Tensor:
-    """Starts of rows with documents of the given lengths in tokens; what they leave of a row is padding, and each pad
-    a document of its own. For text in which eos is content. Raises ValueError when a row's lengths do not fit."""
+def document_starts_from_lengths(lengths: Sequence[Sequence[int]], seq_len: int, *, pad_left: bool = False) -> Tensor:
+    """Starts of rows with documents of the given lengths in tokens; what they leave of a row, behind or before them, is
+    padding, and each pad a document of its own. For text in which eos is content. Raises ValueError when a row's
+    lengths do not fit."""
     starts = torch.arange(seq_len).repeat(len(lengths), 1)
     for row, row_lengths in zip(starts, lengths, strict=True):
         if min(row_lengths, default=1) < 1 or sum(row_lengths) > seq_len:
             raise ValueError(f"document lengths {list(row_lengths)} do not fit a row of {seq_len} tokens")
-        begin = 0
+        begin = seq_len - sum(row_lengths) if pad_left else 0
         for length in row_lengths:
             row[begin : begin + length] = begin
             begin += length
@@ -61,7 +66,17 @@ class Documents:
     backend: str
     """flex, sdpa or dense."""
     mask: BlockMask | Tensor | None
-    """flex: the block mask. dense: bool [B, 1, S, S], true where a query may see a key. sdpa: none."""
+    """flex: the block mask. dense: bool [B, 1, S, S], true where a query may see a key ([B, 1, S, all columns so far]
+    with a cache). sdpa: none."""
+    caches: "tuple[LayerCache, ...]" = ()
+    """Where these are columns of rows that go on: keys and values of each layer, which holds those of the columns
+    before. Else empty."""
+    cache: "LayerCache | None" = None
+    """That of the layer which got this."""
+
+    def of_layer(self, number: int) -> "Documents":
+        """What the layer with this number, from 0, gets."""
+        return replace(self, cache=self.caches[number]) if self.caches else self
 
 
 def realise(starts: Tensor, backend: str) -> Documents:
@@ -71,8 +86,23 @@ def realise(starts: Tensor, backend: str) -> Documents:
     if backend == "flex":
         mask = document_block_mask(starts)
     elif backend == "dense":
-        mask = ((starts[:, :, None] <= index) & (index <= index[:, None])).unsqueeze(1)
+        mask = _dense_mask(starts, index, index)
     return Documents(starts, index - starts, backend, mask)
+
+
+def realise_next(starts: Tensor, begin: int, caches: "tuple[LayerCache, ...]") -> Documents:
+    """Documents of the columns from `begin` on, of rows with these starts whose earlier columns are in the caches.
+
+    Positions go on from theirs. The backend is dense: one query has nothing to gain from blocks.
+    """
+    keys = torch.arange(starts.shape[1], device=starts.device)
+    starts, index = starts[:, begin:], keys[begin:]
+    return Documents(starts, index - starts, "dense", _dense_mask(starts, index, keys), caches)
+
+
+def _dense_mask(starts: Tensor, index: Tensor, keys: Tensor) -> Tensor:
+    """bool [B, 1, queries, keys], for the queries' starts [B, queries] and the indices of queries and keys."""
+    return ((starts[:, :, None] <= keys) & (keys <= index[:, None])).unsqueeze(1)
 
 
 def build_documents(tokens: Tensor, eos_id: int, backend: str) -> Documents:
@@ -81,12 +111,20 @@ def build_documents(tokens: Tensor, eos_id: int, backend: str) -> Documents:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Causal attention within documents: q [B, S, H, D], k and v [B, S, KV, D] -> [B, S, H, D]; KV divides H."""
+    """Causal attention within documents: q [B, S, H, D], k and v [B, S, KV, D] -> [B, S, H, D]; KV divides H.
+
+    With a cache, k and v go into it, and q attends to all that it holds.
+    """
     if documents.backend == "sdpa":
         return document_attention(q, k, v, documents.starts)[0]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if documents.cache is not None:
+        k, v = documents.cache.append(k, v)
     if isinstance(documents.mask, BlockMask):
         out = flex_document_attention(q, k, v, documents.mask)
+    elif q.shape[2] == 1:  # the query heads of a group as queries: repeating its keys would cost more than attending
+        out = F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, documents.mask)
+        out = out.flatten(1, 2).unsqueeze(2)
     else:
         out = F.scaled_dot_product_attention(q, k, v, documents.mask, enable_gqa=True)
     return out.transpose(1, 2)

@@ -82,8 +82,8 @@ class Llama(nn.Module):
         x = self.tok_embeddings(tokens)
         # bfloat16 cosines move logits by about 0.3.
         cos, sin = rope_cos_sin(documents.positions, self.config, torch.promote_types(x.dtype, torch.float32))
-        for layer in self.layers.values():
-            x = layer(x, cos, sin, documents)
+        for number, layer in enumerate(self.layers.values()):
+            x = layer(x, cos, sin, documents.of_layer(number))
         return self.norm(x)
 
 
