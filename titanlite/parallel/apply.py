@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -50,32 +50,33 @@ def parallelize(
     apply_fsdp(model, mesh, parallelism, param_dtype, reduce_dtype)
 
 
-def apply_tp(model: Llama, mesh: Mesh) -> None:
-    """Tensor parallelism. Between blocks the sequence is split; the logits are over the vocabulary."""
-    parallelize_module(
-        model,
-        mesh.tp,
-        {
-            "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-            "norm": SequenceParallel(),
-            "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
-        },
-    )
+def apply_tp(model: Llama, mesh: Mesh, *, split_sequence: bool = True) -> None:
+    """Tensor parallelism; the logits are over the vocabulary.
+
+    split_sequence: between blocks each rank has a part of the sequence (sequence parallelism), whose length must be
+    a multiple of the degree. Else it has all of it, as generation wants, which takes one token at a time.
+    """
+    between: Placement = Shard(1) if split_sequence else Replicate()
+    plan: dict[str, ParallelStyle] = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+        "output": ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False),
+    }
     block_plan: dict[str, ParallelStyle] = {
-        "attention_norm": SequenceParallel(),
         "attention": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+            input_layouts=(between, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
         ),
         "attention.wq": ColwiseParallel(),
         "attention.wk": ColwiseParallel(),
         "attention.wv": ColwiseParallel(),
-        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
-        "ffn_norm": SequenceParallel(),
-        "feed_forward": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        "attention.wo": RowwiseParallel(output_layouts=between),
+        "feed_forward": PrepareModuleInput(input_layouts=(between,), desired_input_layouts=(Replicate(),)),
         "feed_forward.w1": ColwiseParallel(),
-        "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+        "feed_forward.w2": RowwiseParallel(output_layouts=between),
         "feed_forward.w3": ColwiseParallel(),
     }
+    if split_sequence:
+        plan["norm"] = block_plan["attention_norm"] = block_plan["ffn_norm"] = SequenceParallel()
+    parallelize_module(model, mesh.tp, plan)
     for block in model.layers.values():
         parallelize_module(block, mesh.tp, block_plan)
     if model.config.tie_embeddings:
