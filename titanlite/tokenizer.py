@@ -139,10 +139,27 @@ class Tokenizer:
 
         Raises ValueError for an id that the vocabulary does not have.
         """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """The bytes of `decode`: a token may hold a part of a character."""
         try:
-            return self._encoding.tiktoken.decode(np.asarray(ids).tolist(), errors="replace")
+            return self._encoding.tiktoken.decode_bytes(np.asarray(ids).tolist())
         except (KeyError, OverflowError) as error:
             raise ValueError(f"cannot decode: the vocabulary lacks an id ({error})") from error
+
+    def unused_ids(self) -> list[int]:
+        """Ids below vocab_size that stand for nothing: gaps between the special ids."""
+        taken = set(self.special_tokens.values())
+        # Ranks have no gap that a special id does not fill, so all ids below their number are taken.
+        candidates = range(len(self._encoding.tiktoken.token_byte_values()), self.vocab_size)
+        return [i for i in candidates if i not in taken and not self._stands_for_text(i)]
+
+    def _stands_for_text(self, token: int) -> bool:
+        try:
+            return bool(self._encoding.tiktoken.decode_single_token_bytes(token))
+        except KeyError:
+            return False
 
     def _encode(self, text: str, prefix: bytes, suffix: bytes) -> np.ndarray:
         """Prefix and suffix are ids as int32: a small array would cost as much as a small document."""
