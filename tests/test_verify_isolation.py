@@ -21,7 +21,7 @@ from titanlite.isolation import results
 from titanlite.isolation.compare import Comparison, build_model, compare
 from titanlite.isolation.paths import Kept, choose_documents, noisy
 from titanlite.isolation.results import measure
-from titanlite.model import document_starts, llama, realise
+from titanlite.model import document_starts, kv_cache, llama, realise
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer
@@ -36,8 +36,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(config: Path, *overrides: str, device: torch.device = CPU) -> dict[str, Comparison]:
+    """Of training, by backend; generation stands under its own name."""
     loaded = load_config(["--job.config_file", str(config), *overrides])
-    return {f"{c.backend}{'+' * c.compiled}": c for _, c in compare(loaded, device)}
+    names = {"training": "", "generation": "generation, "}
+    return {f"{names[c.path]}{c.backend}{'+' * c.compiled}": c for _, c in compare(loaded, device)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -57,6 +59,13 @@ def test_every_backend_of_the_cpu_passes(config: Path, dtype: str, capsys: pytes
         row = next(line for line in lines if line.split()[:3] == ["training", backend, dtype])
         assert int(row.split()[3]) >= 6 + 2 * 4
         assert row.endswith("same       same    same    same")
+    begin = next(i for i, line in enumerate(lines) if line.startswith("generation: "))
+    *prompts, odd, even, _, row = lines[begin + 1 : -1]
+    assert re.fullmatch(r"generation: 7 prompts of \d+ to 65 tokens from the same documents, .*", lines[begin])
+    assert prompts[-1] == "  prompt 7 of 7, 65 tokens"
+    assert [odd, even] == [f"  every second prompt, from the {which} on" for which in ("first", "second")]
+    assert row.split()[:4] == ["generation", "dense", dtype, "14"]
+    assert row.split()[-4:] == ["same", "same", "-", "-"]
     assert any("flex" in line and "not run: flex takes multiples of 128" in line for line in lines)
     assert lines[-1] == "isolated: no bit differs"
     assert not torch.are_deterministic_algorithms_enabled()
@@ -68,6 +77,7 @@ def test_every_backend_of_the_cpu_passes(config: Path, dtype: str, capsys: pytes
 )
 def test_every_kind_of_model_and_of_rows_passes(config: Path, variant: str) -> None:
     compared = found(config, f"--{variant}", "--activation_checkpoint.mode=selective")
+    assert compared["generation, dense"].identical == {"positions": True, "logits": True}
     for backend in ("sdpa", "dense"):
         assert compared[backend].identical == dict.fromkeys(("positions", "logits", "loss", "gradients"), True)
 
@@ -154,6 +164,56 @@ def test_what_leaks_is_named(
     assert told in comparison.difference
     assert comparison.difference.startswith("row ")
     assert "deterministic" not in comparison.difference
+
+
+def the_pads_are_seen(right: Callable) -> Callable:
+    return lambda starts, begin, caches: replace(
+        right(torch.zeros_like(starts), begin, caches), positions=right(starts, begin, caches).positions
+    )
+
+
+def positions_count_pads(right: Callable) -> Callable:
+    def realise_next(starts: Tensor, begin: int, caches: Any) -> Any:
+        index = torch.arange(begin, starts.shape[1]).expand(len(starts), -1)
+        return replace(right(starts, begin, caches), positions=index)
+
+    return realise_next
+
+
+def positions_begin_again_under_a_cache(right: Callable) -> Callable:
+    def realise_next(starts: Tensor, begin: int, caches: Any) -> Any:
+        documents = right(starts, begin, caches)
+        return replace(documents, positions=documents.positions - (begin if begin else 0))
+
+    return realise_next
+
+
+def caches_see_each_other(right: Callable) -> Callable:
+    def append(self: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return right(self, k, v + 1e-6 * v.roll(1, 0) * (self.length > 0))
+
+    return append
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "plant", "kinds"),
+    [
+        (kv_cache, "realise_next", the_pads_are_seen, {"logits"}),
+        (kv_cache, "realise_next", positions_count_pads, {"positions"}),
+        (kv_cache, "realise_next", positions_begin_again_under_a_cache, {"positions"}),
+        (kv_cache.LayerCache, "append", caches_see_each_other, {"logits"}),
+        (llama, "attend", rows_see_each_other, {"logits"}),
+    ],
+    ids=lambda value: value.__name__ if callable(value) and not isinstance(value, type) else "",
+)
+def test_what_leaks_in_generation_is_named(
+    config: Path, where: Any, name: str, plant: Callable, kinds: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, name, plant(getattr(where, name)))
+    comparison = found(config, "--training.dtype=float64")["generation, dense"]
+    assert {kind for kind, same in comparison.identical.items() if not same} == kinds
+    assert comparison.identical.keys() == {"positions", "logits"}
+    assert comparison.difference.startswith("prompt 1 of 7, ")
 
 
 def test_the_verb_fails_and_names_the_first_difference(
@@ -339,13 +399,14 @@ def test_flex_forward_on_the_cpu_and_compiled_blocks(
     compared = found(config)
     # torch 2.13 cannot lower flex inside a larger graph for the CPU, which no run asks for: told, not passed over.
     assert bool(compared["flex+"].not_run) != bool(compared.pop("flex+").identical)
+    assert all(compared.pop("generation, dense").identical.values())  # not compiled: it never is
     assert sorted(compared) == ["dense", "dense+", "flex", "sdpa", "sdpa+"]
     for backend, comparison in compared.items():
         kinds = ("positions", "logits", "loss", *(() if backend.startswith("flex") else ("gradients",)))
         assert comparison.identical == dict.fromkeys(kinds, True), backend
     monkeypatch.setattr(results, "build_documents", one_boundary_not_masked(results.build_documents))
     for backend, comparison in found(config).items():
-        assert "logits differs by up to" in comparison.difference or backend == "flex+", backend
+        assert "logits differs by up to" in comparison.difference or backend in ("flex+", "generation, dense"), backend
     monkeypatch.undo()
     assert main(["isolation", "--job.config_file", str(config), "--compile.enable=false"]) == 0
     flex = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["training", "flex"])
@@ -361,6 +422,7 @@ def test_backends_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert compared["sdpa"].not_run
         for backend in ("flex", "dense"):
             assert compared[backend].identical == dict.fromkeys(("positions", "logits", "loss", "gradients"), True)
+        assert compared["generation, dense"].identical == {"positions": True, "logits": True}
     monkeypatch.setattr(results, "build_documents", one_boundary_not_masked(results.build_documents))
     assert "logits differs by up to" in found(config, device=cuda)["flex"].difference
 

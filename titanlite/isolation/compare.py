@@ -1,7 +1,7 @@
 """Document isolation on a user's own rows: noise in all other documents changes no bit of those that are kept.
 
-Runs training's own parts (loader, document rule, model, loss) with the weights and types of step 1, on one device and
-without a process group: what FSDP2 and tensor parallelism add to a step is not looked at here.
+Runs training's and generation's own parts (loader, document rule, KV cache, model, loss) with the weights and types of
+step 1, on one device and without a process group: what FSDP2 and tensor parallelism add is not looked at here.
 """
 
 import os
@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from titanlite.config import Config
-from titanlite.isolation.paths import PATHS, MicroBatch, noisy
-from titanlite.isolation.results import demanded, differences, measure
+from titanlite.isolation.paths import MicroBatch, noisy, prepare
+from titanlite.isolation.results import demanded, differences, measure, measure_generation
 from titanlite.model import IGNORE_INDEX, Llama, initial_mean_std, labels, resolve_backend
 from titanlite.parallel.apply import apply_activation_checkpoint, apply_compile
 from titanlite.parallel.init import init_weights
@@ -65,11 +65,10 @@ def compare(config: Config, device: torch.device) -> Iterator[tuple[MicroBatch, 
             f" in tokenizer.path = {config.tokenizer.path!r}: raise model.vocab_size"
         )
     dtype, head_dim = param_dtype(config, device.type), config.model.dim // config.model.n_heads
-    for path, prepare in PATHS.items():
-        batch = prepare(config, tokenizer)
-        for compiled in (False, True) if config.compile.enable else (False,):
+    for path, batch in prepare(config, tokenizer):
+        for compiled in (False, True) if config.compile.enable and batch.starts is None else (False,):
             model = build_model(config, device, compiled)
-            for backend in ("sdpa", "flex", "dense"):
+            for backend in ("sdpa", "flex", "dense") if batch.starts is None else ("dense",):
                 comparison = Comparison(path, backend, compiled, dtype)
                 # On the CPU FlexAttention has a forward pass only; what it takes is the same as on CUDA.
                 forward_only = backend == "flex" and device.type == "cpu"
@@ -96,14 +95,18 @@ def compare(config: Config, device: torch.device) -> Iterator[tuple[MicroBatch, 
 
 
 def _compare(model: Llama, batch: MicroBatch, comparison: Comparison, eos_id: int, forward_only: bool) -> None:
-    rows = batch.rows.to(model.output.weight.device)
+    device, trains = model.output.weight.device, batch.starts is None
+    rows = batch.rows.to(device)
     num_targets = int((labels(rows, eos_id) != IGNORE_INDEX).sum())
     for kept in batch.comparisons:
-        run = partial(measure, model, kept, eos_id, comparison.backend, num_targets, forward_only)
-        noise = noisy(batch.rows, kept, eos_id, model.config.vocab_size)
+        if batch.starts is None:
+            run = partial(measure, model, kept, eos_id, comparison.backend, num_targets, forward_only)
+        else:
+            run = partial(measure_generation, model, kept, batch.starts.to(device))
+        noise = noisy(batch.rows, kept, eos_id if trains else -1, model.config.vocab_size)
         exact = run(rows)
-        wanted = demanded(exact, kept, model, rows.shape[1] - 1)
-        for kind, difference in differences(wanted, run(noise.to(rows.device))).items():
+        wanted = demanded(exact, kept, model, rows.shape[1] - trains)
+        for kind, difference in differences(wanted, run(noise.to(device))).items():
             comparison.identical[kind] = comparison.identical.get(kind, True) and not difference
             if difference and not comparison.difference:
                 if any(differences(exact, run(rows)).values()):

@@ -4,7 +4,7 @@ Boundaries are read from the tokens once more, by the definition: the document r
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,15 @@ from torch import Tensor
 from titanlite.config import Config
 from titanlite.data.feed import EndOfData
 from titanlite.data.loader import build_loader
+from titanlite.generation.decode import right_align
 from titanlite.model import check_rule
 from titanlite.tokenizer import Tokenizer
 
 _SEARCHED_ROWS = 1000
 _COMPARED_ROWS = 2
+_PROMPTS = 6
+NUM_DECODED = 4
+"""Columns of prompts that go through the model one by one, with a KV cache, as generated tokens do."""
 
 
 Piece = tuple[int, int, int]
@@ -49,11 +53,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows [B, seq_len + 1] that the model takes at once, and what to keep of them, one comparison each."""
+    """Rows that the model takes at once, and what to keep of them, one comparison each."""
 
     origin: str
+    """What they are, in words."""
     rows: Tensor
+    """[B, seq_len + 1]; of generation [B, longest prompt]."""
     comparisons: list[Kept]
+    starts: Tensor | None = None
+    """Where generation begins documents, by their lengths; None where that is read from eos."""
 
 
 def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
@@ -76,7 +84,8 @@ def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
             for rows in batch.rows.split(training.local_batch_size):
                 comparisons = choose_documents(rows, tokenizer)
                 if len(comparisons) > len(best.comparisons):
-                    best = MicroBatch(f"step {step}", rows, comparisons)
+                    size = f"{len(rows)} rows of {training.seq_len:,} tokens"
+                    best = MicroBatch(f"step {step}, {size}", rows, comparisons)
             searched += training.global_batch_size
             if len(best.comparisons) == most or searched >= _SEARCHED_ROWS:
                 break
@@ -93,8 +102,37 @@ def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
     return best
 
 
-PATHS: dict[str, Callable[[Config, Tokenizer], MicroBatch]] = {"training": training_rows}
-"""Every path that prepares batches."""
+def generation_rows(training: MicroBatch, vocab_size: int) -> MicroBatch:
+    """Prompts of different lengths from the same documents, as generation lays them out: right-aligned.
+
+    The longest is a whole row, so that an eos is content. Pads get random ids: none may matter.
+    """
+    rows = training.rows.tolist()
+    whole = training.comparisons[0].pieces[0][0]  # the row with most documents
+    by_length = {end - begin: rows[row][begin:end] for kept in training.comparisons for row, begin, end in kept.pieces}
+    lengths = sorted(by_length)
+    lengths = sorted({lengths[len(lengths) * i // _PROMPTS] for i in range(_PROMPTS)})
+    prompts = [*(by_length[length] for length in lengths), rows[whole]]
+    tokens, starts = right_align(prompts, max_new_tokens=0)
+    longest, count = tokens.shape[1], len(prompts)
+    pieces = [(row, longest - len(prompt), longest) for row, prompt in enumerate(prompts)]
+    comparisons = [
+        Kept(f"prompt {row + 1} of {count}, {end - begin:,} tokens", [(row, begin, end)]) for row, begin, end in pieces
+    ]
+    comparisons += [
+        Kept(f"every second prompt, from the {which} on", pieces[first::2])
+        for first, which in enumerate(("first", "second"))
+    ]
+    tokens = noisy(tokens, Kept("", pieces), -1, vocab_size)
+    size = f"{count} prompts of {len(prompts[0]):,} to {longest:,} tokens"
+    return MicroBatch(f"{size} from the same documents, the last {NUM_DECODED} one by one", tokens, comparisons, starts)
+
+
+def prepare(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[str, MicroBatch]]:
+    """Every path that prepares batches, by name."""
+    training = training_rows(config, tokenizer)
+    yield "training", training
+    yield "generation", generation_rows(training, config.model.vocab_size)
 
 
 def choose_documents(rows: Tensor, tokenizer: Tokenizer) -> list[Kept]:
@@ -130,7 +168,8 @@ def choose_documents(rows: Tensor, tokenizer: Tokenizer) -> list[Kept]:
 
 
 def noisy(rows: Tensor, kept: Kept, eos_id: int, vocab_size: int) -> Tensor:
-    """`rows` with another random id for every token of other documents; each eos stays, and none is added."""
+    """`rows` with another random id for every token of other documents; each eos stays, and none is added. An eos_id
+    of -1 is no token's."""
     generator = torch.Generator().manual_seed(kept.num_tokens)
     noise = (rows + torch.randint(1, vocab_size - 1, rows.shape, generator=generator)) % vocab_size
     noise = torch.where(noise == eos_id, (noise + 1) % vocab_size, noise)

@@ -1,4 +1,4 @@
-"""What training computes of some documents, what of it must stay when all else becomes noise, and the comparison.
+"""What training and generation compute of some documents, what of it must stay when all else is noise, and comparison.
 
 Bits are compared and there is no tolerance. That is sound: under deterministic algorithms no kernel here lets values
 decide the order of its work, lengths are kept, and what a mask leaves out counts as an exact zero. The one exception is
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from titanlite.isolation.paths import Kept
+from titanlite.isolation.paths import NUM_DECODED, Kept
 from titanlite.loss import cross_entropy_sum
-from titanlite.model import IGNORE_INDEX, Llama, build_documents, labels
+from titanlite.model import IGNORE_INDEX, KVCache, Llama, build_documents, labels
 from titanlite.model.rope import rope_cos_sin
 
 Results = dict[str, dict[str, Tensor]]
@@ -34,13 +34,8 @@ def measure(
         loss = cross_entropy_sum(hidden, model.output, own_targets) / divisor
         named = {"": embedded[0], **dict(model.named_parameters())}
         found = () if forward_only else torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    with torch.no_grad():
-        logits = [model.output(row)[its_mask] for row, its_mask in zip(hidden, mask, strict=True)]
-    results: Results = {
-        "positions": {f"rotary angles in {name}": angle[mask] for name, angle in angles.items()},
-        "logits": {"logits": torch.cat(logits)},
-        "loss": {"sum of the loss terms": loss.detach()},
-    }
+    results = _forward_results(model, hidden, angles, mask)
+    results["loss"] = {"sum of the loss terms": loss.detach()}
     if not forward_only:
         gradients = dict(zip(named, found, strict=True))
         of_tokens = gradients.pop("")
@@ -48,6 +43,28 @@ def measure(
         results["gradients"] = {_OTHERS: of_tokens[~mask], "gradient of its embedded tokens": of_tokens[mask]}
         results["gradients"] |= {f"gradient of {name}": g for name, g in gradients.items() if g is not None}
     return results
+
+
+def measure_generation(model: Llama, kept: Kept, starts: Tensor, tokens: Tensor) -> Results:
+    """What generation computes of the kept prompts: all but their last columns at once, those one by one, cached."""
+    cache, parts = KVCache(starts, len(model.layers)), []
+    num_decoded = min(NUM_DECODED, tokens.shape[1] - 1)
+    with torch.no_grad():
+        for columns in tokens.split([tokens.shape[1] - num_decoded, *[1] * num_decoded], dim=1):
+            with _observed(model) as (_, angles):
+                parts.append((model(columns, cache.next(columns.shape[1])), angles))
+    hidden = torch.cat([part for part, _ in parts], 1)
+    all_angles = {name: torch.cat([angles[name] for _, angles in parts], 1) for name in parts[0][1]}
+    return _forward_results(model, hidden, all_angles, kept.mask(tokens))
+
+
+@torch.no_grad()
+def _forward_results(model: Llama, hidden: Tensor, angles: dict[str, Tensor], mask: Tensor) -> Results:
+    logits = [model.output(row)[its_mask] for row, its_mask in zip(hidden, mask, strict=True)]
+    return {
+        "positions": {f"rotary angles in {name}": angle[mask] for name, angle in angles.items()},
+        "logits": {"logits": torch.cat(logits)},
+    }
 
 
 _OTHERS = "gradient of the embedded tokens of other documents"
