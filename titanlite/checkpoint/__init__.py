@@ -3,7 +3,7 @@ group."""
 
 from titanlite.checkpoint.audit import Audit, audit_checkpoint
 from titanlite.checkpoint.checkpointer import Checkpointer
-from titanlite.checkpoint.folder import CheckpointError, DamagedCheckpoint, list_steps, read_manifest
+from titanlite.checkpoint.folder import CheckpointError, DamagedCheckpoint, LostFolder, list_steps, read_manifest
 from titanlite.checkpoint.start import decide_start
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointError",
     "Checkpointer",
     "DamagedCheckpoint",
+    "LostFolder",
     "audit_checkpoint",
     "decide_start",
     "list_steps",

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from titanlite.checkpoint import folder as folders
 from titanlite.checkpoint import tensors as files
-from titanlite.checkpoint.folder import CheckpointError, DamagedCheckpoint
+from titanlite.checkpoint.folder import CheckpointError, DamagedCheckpoint, LostFolder
 from titanlite.log import logger
 
 T = TypeVar("T")
@@ -30,13 +30,20 @@ class Checkpointer:
     """Checkpoints in `folder`, which all ranks share. Construction, save, wait, newest and load are collective.
 
     keep_latest_k: number of newest checkpoints to keep, 0 keeps all. timeout: how long ranks wait for each other, which
-    must cover the slowest rank's writing.
+    must cover the slowest rank's writing. fence: asked on rank 0 before a save touches `folder` and right before it
+    commits; a text says why the folder is no longer this run's, and is raised as LostFolder on all ranks.
     """
 
     def __init__(
-        self, folder: str, *, keep_latest_k: int, async_save: bool, timeout: timedelta = timedelta(minutes=30)
+        self,
+        folder: str,
+        *,
+        keep_latest_k: int,
+        async_save: bool,
+        timeout: timedelta = timedelta(minutes=30),
+        fence: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.folder, self._keep = os.path.normpath(folder), keep_latest_k
+        self.folder, self._keep, self._fence = os.path.normpath(folder), keep_latest_k, fence
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._planner = files.caching_planner()
@@ -71,6 +78,7 @@ class Checkpointer:
         began = time.perf_counter()
         # A copy, in JSON, now: an async save must not see what the caller changes later.
         meta_json = ""
+        signature: list[Any] = []
 
         def prepare() -> tuple[str, bool]:
             nonlocal meta_json
@@ -78,15 +86,15 @@ class Checkpointer:
                 if not isinstance(tensor, torch.Tensor):
                     raise CheckpointError(f"{key} is a {type(tensor).__name__}: only tensors go with tensors, see meta")
             meta_json = json.dumps(meta, allow_nan=False)
-            signature = [(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()]
-            changed, self._signature = signature != self._signature, signature
-            return (self._begin(step, tensors) if self._rank == 0 else ""), changed
+            signature.extend((key, tensor.shape, tensor.dtype) for key, tensor in tensors.items())
+            return (self._begin(step, tensors) if self._rank == 0 else ""), signature != self._signature
 
         not_saved = f"checkpoint step {step} not saved: "
         prepared = self._agree(prepare, not_saved)
         path = prepared[0][0]
         if any(changed for _, changed in prepared):
             self._planner = files.caching_planner()
+        self._signature = signature
         if self._stager is None:
             self._write(step, path, tensors, json.loads(meta_json), began)
             self._pending = self._executor.submit(self._prune)  # deleting takes as long as a fifth of a save
@@ -122,6 +130,8 @@ class Checkpointer:
         CheckpointError. Each rank checks a share of the bytes.
         """
         self.wait()
+        for link in folders.links_of_steps(self.folder) if self._rank == 0 else []:
+            logger.warning("%s is a link and does not count as a checkpoint: move the folder itself here", link)
         refused: list[str] = []
         while True:
             path = self._agree(lambda: self._candidate(step, refused) if self._rank == 0 else None)[0]
@@ -168,7 +178,12 @@ class Checkpointer:
             self._current = manifest["step"]
         logger.info("checkpoint %s loaded in %.3f s", path, time.perf_counter() - began)
 
+    def _check_owner(self) -> None:
+        if lost := self._fence():
+            raise LostFolder(lost)
+
     def _begin(self, step: int, tensors: dict[str, torch.Tensor]) -> str:
+        self._check_owner()  # leftovers are removed next: they could be another run's work
         needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         overhead = 2048 * len(tensors) * self._num_ranks + (1 << 20)  # torch.save's envelope of a shard; JSON, metadata
         return folders.begin(self.folder, step, needed + overhead)
@@ -184,7 +199,7 @@ class Checkpointer:
                 return None
             records = {name: record for rank in written for name, record in rank.files.items()}
             versions = {"torch": str(torch.__version__), "python": platform.python_version()}
-            return folders.commit(path, step, records, meta, versions)
+            return folders.commit(path, step, records, meta, versions, self._check_owner)
 
         not_saved = f"checkpoint step {step} not saved: "
         try:
@@ -197,7 +212,7 @@ class Checkpointer:
             if self._rank == 0:
                 folders.remove(path)
             if staged:
-                logger.warning("%s (raised before the next save)", error)
+                logger.warning("%s (training hears of it before its next save)", error)
             raise
         self._current = step
         size = sum(record["size"] for rank in written for record in rank.files.values())
@@ -229,9 +244,12 @@ class Checkpointer:
         def first() -> dict[str, Any] | None:
             if self._rank != 0:
                 return None
-            records = folders.read_manifest(path)["files"]
-            files.read_metadata(path, records)
-            return dict(records)
+            manifest = folders.read_manifest(path)
+            folder, name = os.path.split(path)
+            if folder == self.folder and name != folders.step_name(manifest["step"]):
+                raise DamagedCheckpoint(f"{path}: its manifest says that this is step {manifest['step']}")
+            files.read_metadata(path, manifest["files"])
+            return dict(manifest["files"])
 
         records = self._agree(first)[0]
         assert records is not None
@@ -258,7 +276,9 @@ class Checkpointer:
             result = phase()
         except Exception as caught:
             error = caught
-        failure = None if error is None else (isinstance(error, DamagedCheckpoint), str(error) or repr(error))
+        failure = None
+        if error is not None:
+            failure = type(error) if isinstance(error, CheckpointError) else CheckpointError, str(error) or repr(error)
         outcomes: list[Any] = [None] * self._num_ranks
         dist.all_gather_object(outcomes, (result, failure), group=self._group)
         failures = {rank: failure for rank, (_, failure) in enumerate(outcomes) if failure is not None}
@@ -269,5 +289,5 @@ class Checkpointer:
             message = texts.pop()
         else:
             message = "; ".join(f"rank {rank}: {text}" for rank, (_, text) in failures.items())
-        kind = DamagedCheckpoint if all(damaged for damaged, _ in failures.values()) else CheckpointError
-        raise kind(" ".join((label + message).split())) from error
+        kinds = {kind for kind, _ in failures.values()}
+        raise (kinds.pop() if len(kinds) == 1 else CheckpointError)(" ".join((label + message).split())) from error

@@ -4,9 +4,11 @@ Owns names, manifest, checksums, fsync and renames; every function is for one pr
 ranks or torch. A folder `step-00000100` counts only with a manifest that fits it. What is being written is called
 `.tmp-*`, what is being deleted `.trash-*`: both are leftovers if their process is gone, and the next save removes
 them. What was set aside (`.bad-*`: damaged, `.old-*`: of a history that this run has left) is never deleted here, nor
-is any file that no checkpoint writes.
+is any file that no checkpoint writes. The folder of all checkpoints may be a link or lie under one, as to a bigger
+disk; a link in it never counts, and is never followed to write or delete.
 """
 
+import errno
 import json
 import os
 import re
@@ -36,6 +38,10 @@ class DamagedCheckpoint(CheckpointError):
     """The files themselves prove that this checkpoint cannot be used: an older one may be taken instead."""
 
 
+class LostFolder(CheckpointError):
+    """Another run owns the folder of checkpoints now: this one must not go on."""
+
+
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -43,6 +49,8 @@ def step_name(step: int) -> str:
 def list_steps(folder: str) -> dict[int, str]:
     """Paths of the checkpoint folders in `folder` by step, ascending; links and plain files are not ours."""
     if not os.path.isdir(folder):
+        if os.path.lexists(folder):  # seen at the start of a run, not at its first save
+            raise CheckpointError(f"{folder}: neither a folder nor a link to one: move it away")
         return {}
     with os.scandir(folder) as entries:
         found = {
@@ -53,14 +61,21 @@ def list_steps(folder: str) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
+def links_of_steps(folder: str) -> list[str]:
+    """Links in `folder` that are called like checkpoints. None of them counts, which their owner should hear."""
+    if not os.path.isdir(folder):
+        return []
+    return sorted(e.path for e in os.scandir(folder) if _STEP.fullmatch(e.name) and e.is_symlink())
+
+
 def check_free_space(folder: str, needed: int) -> None:
     """Raise CheckpointError unless the file system of `folder` has `needed` bytes free for this user."""
     disk = os.statvfs(folder)
     free = disk.f_bavail * disk.f_frsize
     if needed > free:
         raise CheckpointError(
-            f"{folder}: a checkpoint needs {needed / 1e9:.3f} GB and the disk has {free / 1e9:.3f} GB left: make room, "
-            "lower checkpoint.keep_latest_k or choose another job.dump_folder"
+            f"{folder}: a checkpoint needs {needed / 1e6:,.1f} MB and the disk has {free / 1e6:,.1f} MB left: make "
+            "room, lower checkpoint.keep_latest_k or choose another job.dump_folder"
         )
 
 
@@ -69,6 +84,9 @@ def begin(folder: str, step: int, needed: int) -> str:
     if not os.path.isdir(folder):
         os.makedirs(folder)
         _fsync_folder(os.path.dirname(os.path.abspath(folder)))
+    final = os.path.join(folder, step_name(step))
+    if os.path.lexists(final) and (os.path.islink(final) or not os.path.isdir(final)):
+        raise CheckpointError(f"{final}: in the way, and no folder that a checkpoint made: move it away")
     for name in os.listdir(folder):
         if _LEFTOVER.fullmatch(name):
             remove(os.path.join(folder, name))
@@ -78,10 +96,18 @@ def begin(folder: str, step: int, needed: int) -> str:
     return path
 
 
-def commit(path: str, step: int, files: dict[str, dict[str, Any]], meta: dict[str, Any], versions: dict) -> str:
+def commit(
+    path: str,
+    step: int,
+    files: dict[str, dict[str, Any]],
+    meta: dict[str, Any],
+    versions: dict[str, str],
+    check_owner: Callable[[], None],
+) -> str:
     """Turn the written folder `path` into the checkpoint of `step` and return its final path.
 
-    `files`: name -> {"size": bytes, "crc32": 8 hex digits} of every file. Checkpoints of this step and of later ones
+    `files`: name -> {"size": bytes, "crc32": 8 hex digits} of every file. `check_owner` raises where the folder is no
+    longer this run's: nothing was renamed then. Checkpoints of this step and of later ones
     cannot belong to the history that is saved here (the run went back to an earlier step); they are set aside, so
     that neither "the newest" nor "the last k" can mean them.
     """
@@ -108,6 +134,7 @@ def commit(path: str, step: int, files: dict[str, dict[str, Any]], meta: dict[st
         os.fsync(stream.fileno())
     _fsync_folder(path)
     folder = os.path.dirname(path)
+    check_owner()
     for other, other_path in list_steps(folder).items():
         if other >= step:
             set_aside(other_path, "old", f"the run now continues from step {step}")
@@ -132,6 +159,8 @@ def prune(folder: str, keep: int) -> None:
 def remove(path: str) -> None:
     """Delete the files that checkpoints write in folder `path`, then `path` if nothing else is in it."""
     try:
+        if os.path.islink(path):
+            raise NotADirectoryError(errno.ENOTDIR, "a link, which no checkpoint makes")
         for name in os.listdir(path):
             if _OUR_FILE.fullmatch(name):
                 os.unlink(os.path.join(path, name))
@@ -167,13 +196,19 @@ def read_manifest(path: str) -> dict[str, Any]:
     head = _MANIFEST_HEAD.match(content)
     if head is None or int(head[1], 16) != zlib.crc32(content[head.end() :]):
         raise DamagedCheckpoint(f"{name}: does not fit its own checksum")
-    manifest: dict[str, Any] = json.loads(content)
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{name}: no JSON: {error}") from None
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{name}: format_version is {version}, this titanlite reads {FORMAT_VERSION}")
     for key, kind in {"step": int, "files": dict, "meta": dict}.items():
         if not isinstance(manifest.get(key), kind):
             raise DamagedCheckpoint(f"{name}: {key!r} is missing or of a wrong type")
+    for file, record in manifest["files"].items():
+        if not (isinstance(record, dict) and isinstance(record.get("size"), int) and "crc32" in record):
+            raise DamagedCheckpoint(f"{name}: the record of {file!r} is no size and crc32")
     return manifest
 
 
