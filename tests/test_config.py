@@ -115,7 +115,7 @@ def valid_values(field: "dataclasses.Field[Any]", name: str) -> st.SearchStrateg
     if get_origin(field.type) is tuple:
         return st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1)).map(tuple)
     if field.type is str and name != "job.config_file":
-        return st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+        return st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
     return st.just(field.default)
 
 

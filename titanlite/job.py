@@ -4,6 +4,7 @@ It knows the run folder and the other ranks; it does not know how a step is comp
 """
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.checkpoint import Checkpointer, CheckpointError, decide_start
+from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, decide_start
 from titanlite.config import Config, diff, dump_toml, resolve_degrees
 from titanlite.data.cache_writer import available_cores
 from titanlite.data.feed import EndOfData
@@ -65,6 +66,7 @@ class Job:
         self._ending = "finished"
         self._data_ended: EndOfData | None = None
         self._saved_step = 0  # before the first step there is nothing to save: the next start begins again
+        self._failed_saves = 0
         self._warm = False  # a step was made in this process
 
     def __enter__(self) -> "Job":
@@ -257,7 +259,7 @@ class Job:
         except OSError as error:
             self._problem = f"the logs of step {number} cannot be written: {error}"
         if number % config.checkpoint.interval == 0:
-            self.save()
+            self._tolerate(self.save)
         if not self._warm:
             set_timeout(self.mesh, config.comm.train_timeout_seconds)
             self._warm = True
@@ -268,9 +270,25 @@ class Job:
             return
         skipped = self.report.check_finite()
         with self.report.throughput.paused() as watch:
+            self._tolerate(self.checkpointer.wait)
             self.checkpointer.save(self.trainer.step, self.trainer.state(), self._meta(skipped))
         self._saved_step = self.trainer.step
         self.report.saved(watch.seconds)
+
+    def _tolerate(self, save: Callable[[], None]) -> None:
+        """A failure to save, or of the save that is pending, is only told and counted where the config says so."""
+        try:
+            save()
+        except CheckpointError as error:
+            if self.config.checkpoint.on_save_error == "stop" or isinstance(error, LostFolder):
+                raise
+            self._failed_saves += 1
+            self._saved_step = -1  # the last one, of this very step, may have been pending: it is due again
+            logger.warning(
+                '%s: training goes on (checkpoint.on_save_error = "continue"); failed so far: %d',
+                error,
+                self._failed_saves,
+            )
 
     def _meta(self, skipped: int) -> dict[str, Any]:
         return {
@@ -291,10 +309,13 @@ class Job:
         state = self._ending
         if state == "preempted" and not self.config.checkpoint.enable:
             raise RunFailed(f"stopped after step {self.trainer.step}; checkpoint.enable = false, so nothing was saved")
+        self._tolerate(self.checkpointer.wait)
         self.save()
         self.checkpointer.wait()
-        ended = {"reason": str(self._data_ended)} if self._data_ended and state == "finished" else {}
-        self.set_status(state, self.trainer.step, **ended)
+        facts: dict[str, Any] = {"failed_saves": self._failed_saves} if self._failed_saves else {}
+        if self._data_ended and state == "finished":
+            facts["reason"] = str(self._data_ended)
+        self.set_status(state, self.trainer.step, **facts)
         path = self.folder / "checkpoint" / f"step-{self.trainer.step:08d}"
         checkpoint = str(path) if self.config.checkpoint.enable else "none (checkpoint.enable = false)"
         ledgers = self._data_ended.ledgers if self._data_ended else None

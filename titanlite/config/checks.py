@@ -70,7 +70,7 @@ def check(config: Config, world_size: int | None, doubtful: Set[str] = frozenset
                     tables[table][key] = SCHEMA[section][key].default  # a stand-in: the rules below divide by it
     config = from_tables(tables)
     doubtful = doubtful | out_of_range.keys()
-    rules = (_model, _training, _schedule, _data, _sources, _checkpoint)
+    rules = (_paths, _model, _training, _schedule, _data, _sources, _checkpoint)
     together = [problem for rule in rules for problem in rule(config)] + list(check_degrees(config, world_size))
     return [*out_of_range.values(), *(p for p in together if not _speaks_of(p, doubtful))]
 
@@ -79,6 +79,14 @@ def _speaks_of(problem: str, doubtful: Set[str]) -> bool:
     """Whether a message names one of these keys, or a key of one of these tables."""
     names = re.findall(r"[a-z_]+(?:\.[\w-]+)+", problem)
     return any(f"{name}.".startswith(f"{other}.") for name in names for other in doubtful)
+
+
+def _paths(config: Config) -> Iterator[str]:
+    paths = {"job.dump_folder": config.job.dump_folder, "tokenizer.path": config.tokenizer.path}
+    paths |= {"checkpoint.init_from": config.checkpoint.init_from, "data.cache_dir": config.data.cache_dir}
+    for key, path in paths.items():
+        if "\0" in path:
+            yield f"{key} = {toml_value(path)}: no path may have the character NUL"
 
 
 def _model(config: Config) -> Iterator[str]:

@@ -229,6 +229,9 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep; 0 keeps all."""
     async_mode: Literal["disabled", "async"] = "disabled"
     """async: copy the state to CPU memory, then write in the background while training goes on."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written does. stop: the run ends. continue: it is told, counted and tried again
+    at the next interval; the last save of a run must succeed."""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: continue from the newest valid checkpoint, else start anew. must: as auto, but having none is an error.
     never: start anew; refuses a run folder that holds checkpoints."""
