@@ -17,7 +17,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sort
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "log": set(),
-    "model": {"config"},
+    "model": {"config", "loss"},
     "loss": {"config"},
     "tokenizer": {"config", "log"},
     "optim": {"config", "log"},

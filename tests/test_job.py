@@ -25,12 +25,13 @@ from torch.distributed.tensor import DTensor
 from tests.gloo import ranks
 from tests.tiny_run import fingerprints, metrics, write_config
 from titanlite import job as job_module
-from titanlite import trainer as trainer_module
 from titanlite.checkpoint import tensors as checkpoint_files
 from titanlite.data.loader import Loader, build_loader
 from titanlite.job import Job
+from titanlite.loss import OutputHead
 from titanlite.runtime import RunFailed, agreed, claim_run_folder
 from titanlite.train import main
+from titanlite.trainer import Trainer
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -43,12 +44,12 @@ def started(config: Path, *overrides: str) -> int:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Make the loss of these steps NaN, and so its gradients. One micro-batch a step is assumed."""
-    exact, calls = trainer_module.cross_entropy_sum, iter(range(1, 1000))
+    exact, calls = OutputHead.forward, iter(range(1, 1000))
 
-    def spoilt(hidden: Tensor, head: torch.nn.Module, labels: Tensor) -> Tensor:
-        return exact(hidden, head, labels) * (float("nan") if next(calls) in steps else 1.0)
+    def spoilt(self: OutputHead, hidden: Tensor, labels: Tensor) -> Tensor:
+        return exact(self, hidden, labels) * (float("nan") if next(calls) in steps else 1.0)
 
-    monkeypatch.setattr(trainer_module, "cross_entropy_sum", spoilt)
+    monkeypatch.setattr(OutputHead, "forward", spoilt)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
@@ -115,15 +116,15 @@ def test_no_bad_update_reaches_the_weights(mode: str, tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         spoil(patch, 3, 5)
         bad = final_weights(tmp_path, config, *overrides, f"--job.dump_folder={tmp_path / 'bad'}")
-    update = trainer_module.Trainer._update
+    update = Trainer._update
 
-    def left_out(self: trainer_module.Trainer, loss: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+    def left_out(self: Trainer, loss: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         if self.step in (3, 5) or (mode == "stop" and self.step > 2):
             self.optimizer.zero_grad()
             return loss, loss
         return update(self, loss, lr)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_update", left_out)
+    monkeypatch.setattr(Trainer, "_update", left_out)
     expected = final_weights(tmp_path, config, f"--job.dump_folder={tmp_path / 'good'}")
     for name, tensor in expected.items():
         assert torch.equal(bad[name], tensor), name

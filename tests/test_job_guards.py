@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.tiny_run import metrics, write_config
-from titanlite import trainer as trainer_module
 from titanlite.data.loader import Batch, Loader
 from titanlite.job import Job
+from titanlite.loss import OutputHead
 from titanlite.model import selfcheck
 from titanlite.runtime import read_json, write_json
 from titanlite.train import main
@@ -57,12 +57,12 @@ def test_a_backend_that_is_wrong_here_trains_nothing(
 def test_a_loss_that_is_infinite_stops_the_run_also_where_its_gradient_is_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exact, calls = trainer_module.cross_entropy_sum, iter(range(1, 1000))
+    exact, calls = OutputHead.forward, iter(range(1, 1000))
 
-    def spoilt(hidden: Tensor, head: torch.nn.Module, labels: Tensor) -> Tensor:
-        return exact(hidden, head, labels) + (float("inf") if next(calls) == 3 else 0.0)
+    def spoilt(self: OutputHead, hidden: Tensor, labels: Tensor) -> Tensor:
+        return exact(self, hidden, labels) + (float("inf") if next(calls) == 3 else 0.0)
 
-    monkeypatch.setattr(trainer_module, "cross_entropy_sum", spoilt)
+    monkeypatch.setattr(OutputHead, "forward", spoilt)
     assert started(write_config(tmp_path, training__local_batch_size=8)) == 1
     assert "step 3" in capsys.readouterr().err
     bad = metrics(tmp_path / "run")[-1]

@@ -1,7 +1,6 @@
 """Assembles the rooms into a trainer and makes one step. The loop, logging and process life are the verbs' business."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,12 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.utils import clip_grads_with_norm_
 
 from titanlite.config import Config
-from titanlite.loss import cross_entropy_sum
 from titanlite.model import Llama, build_documents, check_backend, initial_mean_std, labels, resolve_backend
 from titanlite.optim import NonFiniteGuard, build_optimizer, learning_rate, local_square_sum, set_lr
 from titanlite.parallel.apply import parallelize
@@ -108,15 +104,9 @@ class Trainer:
         rows = rows.to(self.mesh.device, non_blocking=True)
         tokens = rows[:, :-1]
         documents = build_documents(tokens, self.eos_id, self.backend)
-        with self._loss_context():
-            hidden = self.model(tokens, documents)
-            loss = cross_entropy_sum(hidden, self.model.output, labels(rows, self.eos_id)) * weight
-            loss.backward()
-        loss = loss.detach()
-        return loss.to_local() if isinstance(loss, DTensor) else loss
-
-    def _loss_context(self) -> AbstractContextManager[None]:
-        return loss_parallel() if self.mesh.tp.size() > 1 else nullcontext()
+        loss = self.model.output(self.model(tokens, documents), labels(rows, self.eos_id)) * weight
+        loss.backward()
+        return loss.detach()
 
     def _update(self, loss: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """Clip and update, unless the loss or the gradient is not finite. Returns the global loss and gradient norm."""

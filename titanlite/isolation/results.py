@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from titanlite.isolation.paths import NUM_DECODED, Kept
-from titanlite.loss import cross_entropy_sum
 from titanlite.model import IGNORE_INDEX, KVCache, Llama, build_documents, labels
 from titanlite.model.rope import rope_cos_sin
 
@@ -31,7 +30,7 @@ def measure(
     with torch.set_grad_enabled(not forward_only), _observed(model) as (embedded, angles):
         hidden = model(tokens, build_documents(tokens, eos_id, backend))
         own_targets = labels(rows, eos_id).masked_fill(~mask, IGNORE_INDEX)
-        loss = cross_entropy_sum(hidden, model.output, own_targets) / divisor
+        loss = model.output(hidden, own_targets) / divisor
         named = {"": embedded[0], **dict(model.named_parameters())}
         found = () if forward_only else torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     results = _forward_results(model, hidden, angles, mask)

@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from titanlite.loss import IGNORE_INDEX
 from titanlite.model.flex import BLOCK, document_block_mask, flex_document_attention
 from titanlite.model.sdpa import document_attention
 
 if TYPE_CHECKING:
     from titanlite.model.kv_cache import LayerCache
-
-IGNORE_INDEX = -100
-"""Label of a target that is not trained: the first token of a document, which nothing in it predicts."""
 
 
 def document_starts(tokens: Tensor, eos_id: int) -> Tensor:

@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -59,7 +61,6 @@ def apply_tp(model: Llama, mesh: Mesh, *, split_sequence: bool = True) -> None:
     between: Placement = Shard(1) if split_sequence else Replicate()
     plan: dict[str, ParallelStyle] = {
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
-        "output": ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False),
     }
     block_plan: dict[str, ParallelStyle] = {
         "attention": PrepareModuleInput(
@@ -79,12 +80,22 @@ def apply_tp(model: Llama, mesh: Mesh, *, split_sequence: bool = True) -> None:
     parallelize_module(model, mesh.tp, plan)
     for block in model.layers.values():
         parallelize_module(block, mesh.tp, block_plan)
+    # Not ColwiseParallel, which would drop the labels.
+    model.output.weight = nn.Parameter(distribute_tensor(model.output.weight, mesh.tp, [Shard(0)]))
+    model.output.register_forward_pre_hook(partial(_gather_sequence, mesh.tp, between))
     if model.config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     # The embedding's output is an AsyncCollectiveTensor, which loses its autograd history at the border of a compiled
     # block: the embedding would get a gradient of zero, in silence. Any differentiable op keeps it. Uncompiled, FSDP2
     # would warn of a view.
     model.tok_embeddings.register_forward_hook(lambda module, inputs, output: output + 0.0)
+
+
+def _gather_sequence(mesh: DeviceMesh, between: Placement, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    hidden, *labels = inputs
+    if not isinstance(hidden, DTensor):
+        hidden = DTensor.from_local(hidden, mesh, [between])
+    return hidden.redistribute(placements=[Replicate()]), *labels
 
 
 def apply_activation_checkpoint(model: Llama, mode: str) -> None:
