@@ -7,7 +7,8 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -55,10 +56,15 @@ class Threads:
 
     def result(self, future: "Future[T]") -> T:
         """What a submitted function returns or raises; RuntimeError where a thread died, which nobody would end."""
-        while not wait([future], _LOOK_SECONDS).done:
-            if not self._closed.is_set() and not all(thread.is_alive() for thread in self._threads):
-                raise RuntimeError("a thread that reads data died; what it died of stands in the log of this rank")
-        return future.result()
+        while True:
+            try:
+                return future.result(_LOOK_SECONDS)
+            except FutureTimeoutError:
+                if future.done():  # by now, or the function itself raised this
+                    return future.result()
+                if not self._closed.is_set() and not all(thread.is_alive() for thread in self._threads):
+                    told = "a thread that reads data died; what it died of stands in the log of this rank"
+                    raise RuntimeError(told) from None
 
     def close(self) -> None:
         """Cancel what has not begun; the threads end with what they are doing."""
