@@ -28,7 +28,7 @@ def digest(path: Path, size: int) -> str:
 
 def load(path: Path, cache: Path) -> np.ndarray:
     size = path.stat().st_size
-    return load_index(str(path), size, digest(path, size), str(cache))
+    return load_index(str(path), size, digest(path, size), str(cache)).bounds()
 
 
 def naive_bounds(content: bytes) -> list[int]:
@@ -152,6 +152,46 @@ def test_file_that_grows_meanwhile_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"1\n2\n")
     with pytest.raises(ValueError, match=r"a\.jsonl changed from 2 to 4 bytes"):
         load_index(str(tmp_path / "a.jsonl"), 2, "content", str(tmp_path))
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced"])
+def test_an_index_of_two_states_of_a_file_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Its name is made of samples of the content: where these do not differ, the wrong index would pass for good."""
+    path, scan = tmp_path / "a.jsonl", index._read_blocks
+    path.write_bytes(b"x" * 200_000)
+    before = digest(path, 200_000)
+
+    def changing(*args):  # type: ignore[no-untyped-def]
+        yield from scan(*args)
+        if change == "in place":
+            with path.open("r+b") as file:
+                file.seek(6000)  # between two samples
+                file.write(b"\n")
+        else:
+            (tmp_path / "new").write_bytes(path.read_bytes())
+            (tmp_path / "new").replace(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "_read_blocks", changing)
+        with pytest.raises(ValueError, match=r"a\.jsonl changed while it was indexed; start again"):
+            load(path, tmp_path / "cache")
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert digest(path, 200_000) == before
+    assert load(path, tmp_path / "cache").tolist() == naive_bounds(path.read_bytes())
+
+
+@pytest.mark.parametrize("length", [0, 64, 4096])
+def test_an_index_that_is_cut_off_during_the_run_is_an_error_and_no_signal(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"1\n" * 10_000)
+    kept = load_index(str(path), 20_000, digest(path, 20_000), str(tmp_path))
+    (stored,) = tmp_path.glob("*.index")
+    os.truncate(stored, length)
+    with pytest.raises(OSError, match=r"its index .*\.index was changed during the run; start again"):
+        kept.bounds()
+    assert load(path, tmp_path).tolist() == naive_bounds(path.read_bytes())
 
 
 def build_on_a_rank(path: str, cache: str, without_locks: bool) -> tuple[list[int], int]:

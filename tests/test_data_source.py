@@ -207,12 +207,13 @@ def changed_files(name: str) -> None:
         Path("b.txt").unlink()
 
 
+@pytest.mark.parametrize("open_files", [0, 8])
 @pytest.mark.parametrize("change", ["shorter", "other content", "gone"])
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_files_that_change_during_the_run_are_errors_that_nothing_skips(
-    corpus: Callable[..., SourceConfig], monkeypatch: pytest.MonkeyPatch, change: str
+    corpus: Callable[..., SourceConfig], monkeypatch: pytest.MonkeyPatch, change: str, open_files: int
 ) -> None:
-    monkeypatch.setattr("titanlite.data.source._OPEN_FILES", 0)  # else an open file outlives its name, which is fine
+    monkeypatch.setattr("titanlite.data.source._OPEN_FILES", open_files)
     source = open_source(corpus({"a.jsonl": b'{"text": "good one"}\n' * 3, "b.txt": "text"}))
     changed_files(change)
     for document, place in ((1, "a.jsonl:2"), (3, "b.txt")):

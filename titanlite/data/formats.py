@@ -49,7 +49,7 @@ class OpenFile:
     def __init__(self, file: SourceFile) -> None:
         self.file = file
         self.descriptor = os.open(file.path, os.O_RDONLY)
-        self._stamp = (-1, -1)
+        self._stamp = (-1, -1, -1)
         self.check()
 
     def __del__(self) -> None:
@@ -57,13 +57,16 @@ class OpenFile:
             os.close(self.descriptor)
 
     def check(self) -> None:
-        """Raise OSError where the file was written to and its sampled content is another."""
-        status = os.fstat(self.descriptor)
-        stamp = (status.st_size, status.st_mtime_ns)
+        """Raise OSError where there is no file under its path any more, or one of another sampled content. What is open
+        could be read on, but a rank that opens it later could not, and neither could a resume."""
+        status = os.stat(self.file.path)
+        stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
         if stamp != self._stamp:
-            read = functools.partial(os.pread, self.descriptor)
-            if status.st_size != self.file.size or content_digest(read, self.file.size) != self.file.digest:
-                raise OSError(_CHANGED)
+            with open(self.file.path, "rb", buffering=0) as now:
+                for descriptor in (self.descriptor, now.fileno()):
+                    read = functools.partial(os.pread, descriptor)
+                    if content_digest(read, os.fstat(descriptor).st_size) != self.file.digest:  # the size is in it
+                        raise OSError(_CHANGED)
             self._stamp = stamp
 
 
@@ -72,14 +75,19 @@ class Jsonl(OpenFile):
 
     def __init__(self, file: SourceFile, cache_dir: str) -> None:
         super().__init__(file)
-        self._bounds = load_index(file.path, file.size, file.digest, cache_dir)
-        self.num_records = len(self._bounds) - 1
+        self._index = load_index(file.path, file.size, file.digest, cache_dir)
+        self.num_records = self._index.num_records
 
     def sizes(self, records: np.ndarray) -> np.ndarray:
-        return self._bounds[records + 1] - self._bounds[records]
+        bounds = self._index.bounds()
+        return bounds[records + 1] - bounds[records]
 
     def read(self, record: int) -> bytes:
-        position, end = int(self._bounds[record]), int(self._bounds[record + 1])
+        bounds = self._index.bounds()
+        position, end = int(bounds[record]), int(bounds[record + 1])
+        if not 0 <= position < end <= self.file.size:
+            self._index.forget()
+            raise OSError("its index was changed during the run; start again, which builds it anew")
         raw = os.pread(self.descriptor, end - position, position)
         while len(raw) < end - position:  # the kernel reads at most 2 GiB at once
             more = os.pread(self.descriptor, end - position - len(raw), position + len(raw))
@@ -89,6 +97,7 @@ class Jsonl(OpenFile):
         self.check()  # does not see all changes; that there is one line still does not hold for many others
         last = record == self.num_records - 1
         if raw.find(b"\n", 0, -1) >= 0 or not (last or raw.endswith(b"\n")):
+            self._index.forget()  # it may be older than the change: the run would stop here again and again
             raise OSError(_CHANGED)
         return raw
 

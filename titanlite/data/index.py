@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import mmap
 import os
 import socket
 import struct
@@ -36,53 +37,75 @@ def cache_folder(cache_dir: str) -> str:
     return os.path.expanduser(cache_dir or os.path.join(cache, "titanlite"))
 
 
-def load_index(path: str, size: int, content: str, cache_dir: str) -> np.ndarray:
-    """Record boundaries of a jsonl file, int64 [num_records + 1], memory-mapped; record k is bytes [b[k], b[k + 1]).
+class Index:
+    """Where the records of a jsonl file lie. Threads may share it."""
 
-    A record is what a newline ends; the empty piece after the last newline is none. The index is taken from
-    `cache_dir` or built there, while other processes wait
-    for it. Raises ValueError where the folder cannot be written.
+    def __init__(self, path: str, mapped: mmap.mmap) -> None:
+        self._path, self._mapped = path, mapped
+        self._bounds = np.frombuffer(mapped, "<i8", offset=_HEADER.size)
+        self.num_records = len(self._bounds) - 1
+
+    def bounds(self) -> np.ndarray:
+        """int64 [num_records + 1], memory-mapped; record k is bytes [b[k], b[k + 1]). Raises OSError where the file has
+        been cut off: to read it there would end the process by a signal."""
+        if self._mapped.size() != len(self._mapped):
+            raise OSError(f"its index {self._path} was changed during the run; start again, which builds it anew")
+        return self._bounds
+
+    def forget(self) -> None:
+        """The index is not that of the file: let the next start build it."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+
+def load_index(path: str, size: int, content: str, cache_dir: str) -> Index:
+    """The index of a jsonl file with this size and content (a hash): taken from `cache_dir` or built there, while other
+    processes wait for it.
+
+    A record is what a newline ends; the empty piece after the last newline is none. Raises ValueError where the folder
+    cannot be written, and where the file changes meanwhile.
     """
     key = hashlib.blake2b(f"{_FORMAT} {size} {content}".encode(), digest_size=16).digest()
     folder = cache_folder(cache_dir)
     index_path = os.path.join(folder, f"jsonl-{key.hex()}.index")
-    bounds = _open(index_path, key, size)
-    if bounds is not None:
-        return bounds
+    index = _open(index_path, key, size)
+    if index is not None:
+        return index
     try:
         os.makedirs(folder, exist_ok=True)
         with _lock(index_path + ".lock") as alone:
-            bounds = _open(index_path, key, size)  # another process may have built it meanwhile
-            if bounds is None:
+            index = _open(index_path, key, size)  # another process may have built it meanwhile
+            if index is None:
                 if os.path.exists(index_path):
                     logger.warning(f"{index_path} is damaged: building it again")
                 _build(path, size, key, index_path, clean_up=alone)
-                bounds = _open(index_path, key, size)
+                index = _open(index_path, key, size)
     except OSError as error:
         raise ValueError(
             f"data.cache_dir = {cache_dir!r}: cannot write the index of {shown(path)} to {folder} ({error.strerror}); "
             "name a folder that can be written and has room"
         ) from error
-    assert bounds is not None, f"{index_path} is not what was just written"
-    return bounds
+    assert index is not None, f"{index_path} is not what was just written"
+    return index
 
 
-def _open(index_path: str, key: bytes, size: int) -> np.ndarray | None:
-    """The boundaries, or None where the file is absent, of another format, cut short or damaged."""
+def _open(index_path: str, key: bytes, size: int) -> Index | None:
+    """The index, or None where the file is absent, of another format, cut short or damaged."""
     try:
         with open(index_path, "rb") as file:
-            header = file.read(_HEADER.size)
+            if os.fstat(file.fileno()).st_size < _HEADER.size:
+                return None
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise ValueError(f"data.cache_dir: cannot read {index_path} ({error.strerror})") from error
-    if len(header) == _HEADER.size:
-        magic, its_key, its_size, num_records, crc = _HEADER.unpack(header)
-        whole = os.path.getsize(index_path) == _HEADER.size + 8 * (num_records + 1)
-        if whole and (magic, its_key, its_size) == (_MAGIC, key, size):
-            bounds = np.memmap(index_path, np.dtype("<i8"), "r", _HEADER.size)
-            if _checksum(zlib.crc32(bounds.data), num_records) == crc:
-                return np.asarray(bounds)  # a plain view: indexing a memmap object is ten times slower
+    magic, its_key, its_size, num_records, crc = _HEADER.unpack_from(mapped)
+    whole = len(mapped) == _HEADER.size + 8 * (num_records + 1)
+    if whole and (magic, its_key, its_size) == (_MAGIC, key, size):
+        index = Index(index_path, mapped)
+        if _checksum(zlib.crc32(index.bounds().data), num_records) == crc:
+            return index
     return None
 
 
@@ -122,12 +145,14 @@ def _build(path: str, size: int, key: bytes, index_path: str, clean_up: bool) ->
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(bytes(_HEADER.size))
-            start = time.monotonic()
+            start, before = time.monotonic(), _stamp(path)
             crc, num_records = 0, -1
             for bounds in _scan(path, size):
                 crc = zlib.crc32(bounds.data, crc)
                 num_records += len(bounds)
                 out.write(bounds.data)
+            if _stamp(path) != before:  # the samples in its name may not show it: the index would pass for good
+                raise ValueError(f"{shown(path)} changed while it was indexed; start again once it is complete")
             out.seek(0)
             out.write(_HEADER.pack(_MAGIC, key, size, num_records, _checksum(crc, num_records)))
             out.flush()
@@ -139,6 +164,15 @@ def _build(path: str, size: int, key: bytes, index_path: str, clean_up: bool) ->
             os.unlink(temporary)
         raise
     logger.info(f"indexed {shown(path)}: {num_records:,} records, {size:,} bytes in {time.monotonic() - start:.1f} s")
+
+
+def _stamp(path: str) -> tuple[int, int, int]:
+    """Changes with whatever is written to the file."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ValueError(f"cannot read {shown(path)} ({error.strerror})") from error
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _scan(path: str, size: int) -> Iterator[np.ndarray]:

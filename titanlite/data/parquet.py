@@ -93,6 +93,7 @@ class Parquet(OpenFile):
     def read(self, record: int) -> memoryview | None:
         group = int(np.searchsorted(self._first, record, side="right")) - 1
         column = self._row_groups.get((self.file.path, group), self._decoding, lambda: self._decode(group))
+        self.check()
         return self._content(column, record - int(self._first[group]), group)
 
     def stream(self) -> Iterator[memoryview | None]:
