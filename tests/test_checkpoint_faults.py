@@ -1,6 +1,7 @@
 """Checkpoints that were cut off, damaged or made by an enemy: never taken, always named, and nothing of theirs runs."""
 
 import enum
+import io
 import json
 import os
 import pickle
@@ -25,6 +26,7 @@ import torch.multiprocessing as mp
 from tests.gloo import ranks
 from tests.test_checkpoint import error_of, log_lines, make, save, state, verify
 from titanlite.checkpoint import CheckpointError, DamagedCheckpoint
+from titanlite.checkpoint import tensors as checkpoint_files
 from titanlite.checkpoint.folder import list_steps
 
 NEWEST = "step-00000002"
@@ -337,8 +339,9 @@ def _fork(function: Callable[..., None], *args: Any) -> int:
         os._exit(code)
 
 
-def _die_at(event: int, folder: str) -> None:
-    """SIGKILL this process at its `event`-th file operation below `folder`."""
+def _die_at(event: int, folder: str, synced: int) -> None:
+    """SIGKILL this process at its `event`-th file operation below `folder`, or in the middle of it if it writes a
+    shard. What is fsynced before is told to the file `synced`: inode and size."""
     count = 0
 
     def tick() -> None:
@@ -353,17 +356,50 @@ def _die_at(event: int, folder: str) -> None:
             tick()
 
     sys.addaudithook(hook)
-    fsync = os.fsync
-    os.fsync = lambda descriptor: (tick(), fsync(descriptor), tick())[1]  # type: ignore[assignment]
+    fsync, write = os.fsync, checkpoint_files._ChecksumFile.write
+
+    def traced_fsync(descriptor: int) -> None:
+        tick()
+        fsync(descriptor)
+        info = os.fstat(descriptor)
+        os.write(synced, f"{info.st_ino} {info.st_size}\n".encode())
+        tick()
+
+    def torn_write(self: checkpoint_files._ChecksumFile, data: Any) -> int:
+        if count + 1 == event:
+            io.FileIO.write(self, memoryview(data)[: len(data) // 2])
+        tick()
+        return write(self, data)
+
+    os.fsync = traced_fsync
+    checkpoint_files._ChecksumFile.write = torn_write  # type: ignore[method-assign]
 
 
-def _train_and_die(event: int, folder: str, store: str, async_save: bool, report: int) -> None:
-    _die_at(event, folder)
+def _lose_power(folder: str, synced: dict[int, int]) -> None:
+    """What a disk may look like after that: of files, only what was fsynced; of folders that were not, no entry."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            file = os.path.join(parent, name)
+            info = os.stat(file)
+            if os.stat(parent).st_ino not in synced:
+                os.unlink(file)
+            elif info.st_size > synced.get(info.st_ino, 0):
+                os.truncate(file, synced.get(info.st_ino, info.st_size // 2))
+
+
+def _inodes(folder: str) -> dict[int, int]:
+    paths = [os.path.join(parent, name) for parent, *names in os.walk(folder) for name in ["", *names[0], *names[1]]]
+    return {os.stat(path).st_ino: os.stat(path).st_size for path in paths}
+
+
+def _train_and_die(event: int, folder: str, store: str, async_save: bool, report: int, synced: int) -> None:
+    _die_at(event, folder, synced)
     _train(folder, 0, 1, store, async_save, 3, report)
 
 
-def _kill_everywhere(tmp: str, async_save: bool, stride: int, results: Any) -> None:
-    """Steps 1 and 2 are there, step 3 is saved and step 1 pruned: killed at every file operation of that."""
+def _kill_everywhere(tmp: str, async_save: bool, stride: int, power: bool, results: Any) -> None:
+    """Steps 1 and 2 are there, step 3 is saved and step 1 pruned: killed at every file operation of that. The power
+    goes then too, if `power`: what was written, but not fsynced, is cut or gone."""
     torch.set_num_threads(1)
     _, write = os.pipe()
     base = os.path.join(tmp, "base")
@@ -372,7 +408,13 @@ def _kill_everywhere(tmp: str, async_save: bool, stride: int, results: Any) -> N
     while True:
         folder = os.path.join(tmp, f"kill{event}")
         shutil.copytree(base, folder)
-        status = os.waitpid(_fork(_train_and_die, event, folder, folder + "-store", async_save, write), 0)[1]
+        synced = _inodes(folder)
+        told = os.open(folder + "-synced", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        status = os.waitpid(_fork(_train_and_die, event, folder, folder + "-store", async_save, write, told), 0)[1]
+        if power:
+            lines = os.pread(told, 1 << 20, 0).decode().splitlines()
+            _lose_power(folder, synced | {int(inode): int(size) for inode, size in map(str.split, lines)})
+        os.close(told)
         found = {step: _is_valid(path) for step, path in list_steps(folder).items()}
         again = os.waitpid(_fork(_train, folder, 0, 1, folder + "-again", async_save, 4, write), 0)[1]
         survived.append((event, status, found, again, sorted(os.listdir(folder))))
@@ -401,13 +443,17 @@ def _in_driver(function: Callable[..., None], *args: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("async_save", "stride"),
-    [(False, 3), pytest.param(False, 1, marks=pytest.mark.slow), pytest.param(True, 1, marks=pytest.mark.slow)],
+    ("async_save", "stride", "power"),
+    [
+        (False, 5, False),
+        (False, 5, True),
+        *(pytest.param(a, 1, p, marks=pytest.mark.slow) for a in (False, True) for p in (False, True)),
+    ],
 )
 def test_a_kill_at_any_file_operation_costs_at_most_the_save_at_hand(
-    tmp_path: Path, async_save: bool, stride: int
+    tmp_path: Path, async_save: bool, stride: int, power: bool
 ) -> None:
-    survived = _in_driver(_kill_everywhere, str(tmp_path), async_save, stride)
+    survived = _in_driver(_kill_everywhere, str(tmp_path), async_save, stride, power)
     assert len(survived) > 30 // stride
     assert survived[-1][1] == 0
     for event, status, found, again, names in survived:

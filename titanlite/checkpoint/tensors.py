@@ -55,7 +55,7 @@ class Written:
 
 
 class _ChecksumFile(io.FileIO):
-    """A new file that keeps size and crc32 of the bytes that went to the disk, and the first error that it gave."""
+    """A new file that keeps size and crc32 of its bytes and the first error that it gave, and fsyncs when closed."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, "xb")
@@ -71,6 +71,16 @@ class _ChecksumFile(io.FileIO):
         self.crc32 = zlib.crc32(memoryview(data)[:count], self.crc32)
         self.size += count
         return count
+
+    def close(self) -> None:
+        try:
+            if not self.closed:
+                os.fsync(self.fileno())
+        except OSError as error:
+            self.error = self.error or OSError(error.errno, error.strerror, self.name)
+            raise
+        finally:
+            super().close()
 
 
 class _ChecksumFileSystem(FileSystem):
@@ -94,7 +104,8 @@ class _ChecksumFileSystem(FileSystem):
 class _Writer(dcp.FileSystemWriter):
     def __init__(self, path: str, staged: bool) -> None:
         # Copy-ahead overlaps device copies with writing; of staged tensors it would only synchronise training's stream.
-        super().__init__(path, overwrite=False, per_thread_copy_ahead=0 if staged else 10_000_000)
+        # DCP's own fsync comes before the buffer's last bytes are written, and those are often all of .metadata.
+        super().__init__(path, sync_files=False, overwrite=False, per_thread_copy_ahead=0 if staged else 10_000_000)
         self.written: dict[str, _ChecksumFile] = {}
         self.fs = _ChecksumFileSystem(self.written)
         self.began = time.perf_counter()
