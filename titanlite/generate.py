@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         print(f"titanlite: {str(error).splitlines()[0]} Use a smaller --batch_size or more ranks", file=sys.stderr)
         return 1
-    except (RunFailed, ValueError) as error:  # the same on every rank
+    except (RunFailed, ValueError, OSError) as error:  # the same on every rank
         if rank == 0:
             print(f"titanlite: {error}", file=sys.stderr)
         return 1
