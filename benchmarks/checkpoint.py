@@ -5,9 +5,10 @@ round after round: plain `dcp.save`, titanlite's sync save, its async save (how 
 until it is committed), and a plain copy of the same files. Then loads: titanlite's check of every byte and its load
 against `dcp.load`, on as many ranks as saved, and on one rank what two saved.
 
-"Plain DCP" is `dcp.save(state, checkpoint_id=folder)` into a fresh folder with all defaults, which fsyncs every file
-(sync_files=True; all but the last buffer of it) and plans anew each time. The copy is made by each rank of its own file, and fsynced. What a side
-wrote is deleted and the disk is synced before the next one begins. Loads find their files in the page cache.
+"Plain DCP" is `dcp.save(state, checkpoint_id=folder)` into a fresh folder with all defaults: it fsyncs every file
+(sync_files=True; all but its last buffer) and plans anew each time. The copy is made by each rank of its own file, and
+fsynced. What a side wrote is deleted and the disk is synced before the next one begins. Loads find their files in the
+page cache.
 """
 
 import argparse
