@@ -25,11 +25,16 @@ ROOMS: dict[str, set[str]] = {
     "metrics": {"config", "log"},
     "profiling": {"config", "log"},
     "runtime": {"config", "log"},
+    "signals": set(),
+    "pulse": set(),
+    "watchdog": {"log", "pulse", "signals"},
+    "claim": {"log", "runtime"},
+    "run_folder": {"checkpoint", "claim", "runtime", "watchdog"},
     "data": {"config", "log", "tokenizer"},
     "parallel": {"config", "log", "model"},
 }
 # Each may import all rooms and the ones before it.
-ASSEMBLY = ["trainer", "report", "job", "pretrained", "generation", "isolation", "invariance"]
+ASSEMBLY = ["trainer", "report", "membership", "opening", "job", "pretrained", "generation", "isolation", "invariance"]
 for i, name in enumerate(ASSEMBLY):
     ROOMS[name] = {*ROOMS, *ASSEMBLY[:i]} - {name}
 ASSEMBLY.append("inspection")  # it takes the whole config and, of the rooms, only those that need no torch
@@ -44,6 +49,8 @@ PRIVATE = {
     ("parallel/apply.py", "_scaled_dot_product_efficient_attention"): "as above",
     ("parallel/apply.py", "_c10d_functional"): "as above",
     ("parallel/mesh.py", "_set_pg_timeout"): "no public call changes the timeout of a group that exists",
+    ("watchdog.py", "_current_frames"): "where another thread stands; the one interface, and a documented one",
+    ("watchdog.py", "_exit"): "ends a process whose main thread hangs; documented",
     ("profiling.py", "_record_memory_history"): "the only interface, and the documented one",
     ("profiling.py", "_dump_snapshot"): "as above",
 }

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from tests.byte_tokenizer import ByteTokenizer
 from tests.loaders import batches, build
-from titanlite import job
+from titanlite import opening
 from titanlite.config.sections import Config, DataConfig
 from titanlite.data import feed
 from titanlite.data.corpus import open_corpus
@@ -268,15 +268,15 @@ def test_share_of_the_cores_that_tokenising_takes_is_a_number_computed_by_hand(
 ) -> None:
     """16 H100 at half of 989.4 TFLOPS, 6 GFLOPs a token: 1,319,200 tokens/s, which each of the 8 ranks of this host
     reads whole: 4.22144 of 16 cores, at 2.5 million tokens/s each."""
-    monkeypatch.setattr(job, "flops_per_token", lambda model, seq_len: 6e9)
-    monkeypatch.setattr(job, "available_cores", lambda: 16)
+    monkeypatch.setattr(opening, "flops_per_token", lambda model, seq_len: 6e9)
+    monkeypatch.setattr(opening, "available_cores", lambda: 16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert job._tokenizing_share(Config(), "cuda") == pytest.approx(0.26384, rel=1e-9)
-    assert job._tokenizing_share(Config(), "cpu") == 0.0  # whose speed nobody knows
+    assert opening._tokenizing_share(Config(), "cuda") == pytest.approx(0.26384, rel=1e-9)
+    assert opening._tokenizing_share(Config(), "cpu") == 0.0  # whose speed nobody knows
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device of next year")
-    assert job._tokenizing_share(Config(), "cuda") == 0.0
+    assert opening._tokenizing_share(Config(), "cuda") == 0.0
 
 
 def test_degree_that_does_not_divide_the_batch_is_refused(tmp_path: Path) -> None:

@@ -24,12 +24,13 @@ from torch.distributed.tensor import DTensor
 
 from tests.gloo import ranks
 from tests.tiny_run import fingerprints, metrics, write_config
-from titanlite import job as job_module
+from titanlite import opening
 from titanlite.checkpoint import tensors as checkpoint_files
+from titanlite.claim import claim_run_folder
 from titanlite.data.loader import Loader, build_loader
 from titanlite.job import Job
 from titanlite.loss import OutputHead
-from titanlite.runtime import RunFailed, agreed, claim_run_folder
+from titanlite.runtime import RunFailed, agreed
 from titanlite.train import main
 from titanlite.trainer import Trainer
 
@@ -295,7 +296,7 @@ def main_with_a_slow_rank(config: Path) -> int:
         return build_loader(*args, **kwargs)
 
     whole_open_data = Job._open_data
-    with patch.object(Job, "_open_data", open_data), patch.object(job_module, "build_loader", build):
+    with patch.object(Job, "_open_data", open_data), patch.object(opening, "build_loader", build):
         return main(["--job.config_file", str(config)])
 
 

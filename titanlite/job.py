@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, decide_start
-from titanlite.config import Config, diff, dump_toml, resolve_degrees
-from titanlite.data.cache_writer import available_cores
+from titanlite.config import Config, diff, dump_toml
 from titanlite.data.feed import EndOfData
-from titanlite.data.loader import Batch, build_loader
+from titanlite.data.loader import Batch
 from titanlite.log import logger
-from titanlite.metrics import peak_flops
-from titanlite.model import check_rule, flops_per_token, labels, num_parameters
-from titanlite.parallel.mesh import build_mesh, init_process_group, set_timeout
+from titanlite.membership import MARGIN_SECONDS, SAVING_SECONDS, Membership
+from titanlite.model import check_rule, labels, num_parameters
+from titanlite.opening import compare_data, open_data
 from titanlite.profiling import Profiling
 from titanlite.report import Report
-from titanlite.runtime import (
-    RunFailed,
-    StopSignal,
-    agree,
-    agree_on,
-    agreed,
-    claim_run_folder,
-    describe_environment,
-    read_json,
-    write_json,
-)
-from titanlite.tokenizer import Tokenizer
+from titanlite.run_folder import RunFolder
+from titanlite.runtime import PeerLost, RunFailed, agree, agreed, describe_environment, write_json
 from titanlite.trainer import StepResult, Trainer
-
-_PREPARING_SECONDS = 30 * 24 * 3600  # a rank may wait so long for indices and caches; of one that dies it hears at once
+from titanlite.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -56,11 +45,14 @@ class Step:
 class Job:
     """The open parts of a run. Use as a context; every rank makes one, and all of its methods are collective."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, watchdog: Watchdog | None = None) -> None:
         self.config = config
+        self.watchdog = watchdog or Watchdog(config.comm.grace_seconds)
+        self.stop = self.watchdog.stop
         self.folder = Path(config.job.dump_folder)
+        self._run_folder = RunFolder(self.folder, self.watchdog)
+        self.set_status = self._run_folder.set_status
         self._stack = ExitStack()
-        self._joined = self._claimed = False
         self._saver: Checkpointer | None = None
         self._problem: str | None = None  # that this rank met after its last exchange with the others
         self._ending = "finished"
@@ -83,34 +75,41 @@ class Job:
     def _close(self, error: BaseException | None) -> None:
         # An agreed error is the same on every rank; after another one, a peer may still wait in a collective.
         agreed_on = error is None or isinstance(error, (RunFailed, CheckpointError))
+        gone = "" if agreed_on or error is None else self.watchdog.explain(error)
         if agreed_on and self._saver is not None:
+            self._phase("ending", at_least=SAVING_SECONDS)
             try:
                 self._saver.wait()  # an earlier save may be on its way to the disk: it needs the group and the claim
             except CheckpointError as failure:
                 logger.warning("%s", failure)
-        if error is not None and self._claimed:
+        if error is not None:
             step = self.trainer.step if hasattr(self, "trainer") else None
             with suppress(OSError):  # a full disk must not keep the error itself from being told
-                self.set_status("failed", step, reason=f"{type(error).__name__}: {error}")
+                self.set_status("failed", step, reason=gone or f"{type(error).__name__}: {error}")
         try:
             self._stack.close()
         except OSError as failure:  # rank 0's logs: what they still held cannot be written
             if error is None:
                 raise RunFailed(f"the logs cannot be closed: {failure}") from failure
-        if self._joined and agreed_on:
-            dist.destroy_process_group()
+        if agreed_on:
+            if hasattr(self, "_membership"):
+                self._membership.leave()
+            self.watchdog.close()
+        if gone:
+            raise PeerLost(f"{gone}; the next start goes on from the last checkpoint") from error
+
+    def _phase(self, name: str, at_least: float = 0) -> None:
+        self.watchdog.mark(name, at_least=at_least)
 
     def _open(self) -> None:
         config = self.config
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        self._joined = init_process_group(device_type, config.comm.init_timeout_seconds)
-        self.mesh = build_mesh(device_type, *resolve_degrees(config.parallelism, dist.get_world_size()))
-        self.stop = StopSignal()
-        self._stack.enter_context(claim_run_folder(self.folder))
-        self._claimed = True
+        self._membership = Membership(config, self.watchdog)
+        self.mesh = self._membership.mesh
+        self._phase("claiming the run folder", at_least=60)
+        self._stack.enter_context(self._run_folder.held())
         self.set_status("starting", None)
         checkpoint = config.checkpoint
         # Also without saving: init_from reads through it.
@@ -118,58 +117,40 @@ class Job:
             str(self.folder / "checkpoint"),
             keep_latest_k=checkpoint.keep_latest_k,
             async_save=checkpoint.async_mode == "async",
+            timeout=timedelta(seconds=SAVING_SECONDS + MARGIN_SECONDS),
+            fence=self._run_folder.fence,
         )
+        self._phase("looking for a checkpoint", at_least=SAVING_SECONDS)
         path = decide_start(checkpoint, self.checkpointer)
         if config.job.description:
             logger.info(config.job.description)
         meta = self.checkpointer.read_meta(path) if path else {}
         self._open_data(meta)
+        self._phase("building the model")
         self._open_trainer()
+        self._phase("loading", at_least=SAVING_SECONDS)
         if path:
             self._load(path, meta)
         elif checkpoint.init_from:
             weights = {name: t for name, t in self.trainer.state().items() if name.startswith("model.")}
             self.checkpointer.load(checkpoint.init_from, weights, prefix="model.")
+        self._phase("opening the logs")
         self._open_logs(meta.get("skipped_steps", 0))
 
     def _open_data(self, meta: dict[str, Any]) -> None:
-        config = self.config
-        set_timeout(self.mesh, _PREPARING_SECONDS)
-        with agreed():
-            self.tokenizer = Tokenizer.load(config.tokenizer.path)
-            if self.tokenizer.vocab_size > config.model.vocab_size:
-                raise ValueError(
-                    f"model.vocab_size = {config.model.vocab_size} is less than the {self.tokenizer.vocab_size} ids of"
-                    f" the tokenizer in tokenizer.path = {config.tokenizer.path!r}: raise model.vocab_size"
-                )
-            self.loader = build_loader(
-                config.data,
-                self.tokenizer,
-                seq_len=config.training.seq_len,
-                global_batch_size=config.training.global_batch_size,
-                seed=config.training.seed,
-                dp_rank=self.mesh.dp_rank,
-                dp_degree=self.mesh.dp_degree,
-                cursor=meta.get("cursor"),
-                saved_corpus=read_json(self.folder / "corpus.json"),
-                pin_memory=self.mesh.device.type == "cuda",
-                tokenizing_share=_tokenizing_share(config, self.mesh.device.type),
-            )
-        set_timeout(self.mesh, config.comm.init_timeout_seconds)
+        self._membership.prepare()
+        cursor = meta.get("cursor")
+        self.tokenizer, self.loader = open_data(self.config, self.mesh, self.folder, cursor, self.watchdog)
         self._stack.callback(self.loader.close)
-        corpus = self.loader.corpus  # each rank found its own: on a node's own disk, or while files were being added
-        agree_on(
-            {
-                "the tokenizer in tokenizer.path": f"fingerprint {self.tokenizer.fingerprint[:12]}",
-                "the corpus in data.paths": f"{corpus['num_files']:,} files, {corpus['num_bytes']:,} bytes, digest"
-                f" {corpus['digest'][:12]}",
-            }
-        )
+        self._membership.start()
+        self._phase("comparing data")
+        compare_data(self.tokenizer, self.loader.corpus)
         self.cursor, self.ledger = meta.get("cursor", {}), meta.get("ledger", {})
 
     def _open_trainer(self) -> None:
         with agreed():
             self.trainer = Trainer(self.config, self.mesh, self.tokenizer.eos_id)
+        self.trainer.on_micro_batch = lambda: self._phase("forward, backward, update")
         training = self.config.training
         rows = training.global_batch_size // self.mesh.dp_degree
         logger.info(
@@ -209,16 +190,13 @@ class Job:
         self._stack.enter_context(self.report)
         self.set_status("running", self.trainer.step)
 
-    def set_status(self, state: str, step: int | None, **facts: Any) -> None:
-        if dist.get_rank() == 0:
-            write_json(self.folder / "status.json", {"state": state, "step": step, "pid": os.getpid(), **facts})
-
     def next_step(self) -> Step | None:
         """The next step's data; None where there is none, because any rank was asked to stop or the data ended.
 
         A data error on any rank is raised on all.
         """
         batch, problem = None, self._problem
+        self.watchdog.mark("waiting for its data", self.trainer.step + 1)
         with self.report.throughput.waiting_for_data():
             try:
                 batch = next(self.loader)
@@ -227,17 +205,19 @@ class Job:
             except Exception as error:  # of any kind: the other ranks must hear of it instead of waiting
                 problem = str(error) or repr(error)
         shares = torch.zeros(5, dtype=torch.int64)
-        shares[3], shares[4] = self.stop.received is not None, problem is not None
+        shares[3], shares[4] = bool(self.watchdog.stop_asked), problem is not None
         if batch is not None and self.mesh.tp.get_local_rank() == 0:
             shares[0] = (labels(batch.rows, self.tokenizer.eos_id) >= 0).sum()
             shares[1] = batch.num_documents
             shares[2] = torch.tensor(batch.fingerprint_part, dtype=torch.uint64).view(torch.int64)
+        self._phase("comparing data")
         dist.all_reduce(shares)  # on the CPU: the step's facts are known to every host, and no device waits
         num_targets, num_documents, fingerprint, stop, problems = shares.tolist()
         if problems:
             agree(problem)
         if stop:
-            logger.warning("%s: saving a checkpoint and stopping", self.stop.received or "another rank was signalled")
+            told = self.watchdog.stop_asked or "another rank was signalled"
+            logger.warning("%s: saving a checkpoint and stopping", told)
             self._ending = "preempted"
             return None
         if self._data_ended is not None:
@@ -252,6 +232,7 @@ class Job:
     def finish_step(self, step: Step, result: StepResult) -> None:
         """Book the step: cursor, logs at logged steps, a checkpoint where one is due."""
         number, config = self.trainer.step, self.config
+        self._phase("logging")
         self.cursor, self.ledger = step.batch.cursor, step.batch.ledger
         try:
             self.report.step(result, step.fingerprint, step.batch, num_documents=step.num_documents)
@@ -261,7 +242,8 @@ class Job:
         if number % config.checkpoint.interval == 0:
             self._tolerate(self.save)
         if not self._warm:
-            set_timeout(self.mesh, config.comm.train_timeout_seconds)
+            self._membership.train()
+            self.watchdog.started()
             self._warm = True
 
     def save(self) -> None:
@@ -269,6 +251,7 @@ class Job:
         if not self.config.checkpoint.enable or self._saved_step == self.trainer.step:
             return
         skipped = self.report.check_finite()
+        self._phase("saving", at_least=SAVING_SECONDS)
         with self.report.throughput.paused() as watch:
             self._tolerate(self.checkpointer.wait)
             self.checkpointer.save(self.trainer.step, self.trainer.state(), self._meta(skipped))
@@ -305,6 +288,7 @@ class Job:
 
     def finish(self) -> None:
         """The end of a run that is finished or preempted: save, wait until it is on disk, say so."""
+        self._phase("ending", at_least=SAVING_SECONDS)
         agree(self._problem)
         state = self._ending
         if state == "preempted" and not self.config.checkpoint.enable:
@@ -320,16 +304,3 @@ class Job:
         checkpoint = str(path) if self.config.checkpoint.enable else "none (checkpoint.enable = false)"
         ledgers = self._data_ended.ledgers if self._data_ended else None
         logger.info("%s\n%s", state, self.report.summary(ledgers, checkpoint) or "no step was made")
-
-
-def _tokenizing_share(config: Config, device_type: str) -> float:
-    """The share of this host's cores that it would take to tokenise the whole stream on each of its ranks; 0: unknown.
-
-    At 2.5 million tokens per second and core, and training at half of the devices' peak.
-    """
-    peak = peak_flops(torch.cuda.get_device_name()) if device_type == "cuda" else None
-    if peak is None:
-        return 0.0
-    tokens_per_second = dist.get_world_size() * 0.5 * peak / flops_per_token(config.model, config.training.seq_len)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return tokens_per_second * ranks_here / 2.5e6 / available_cores()

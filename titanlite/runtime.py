@@ -1,25 +1,19 @@
-"""Process life: signals that ask for a stop, the claim on the run folder, what the run leaves on disk about itself.
+"""What ranks agree on, and what a run leaves on disk about itself.
 
-It knows nothing about training: callers ask whether to stop and say what happened.
+It knows nothing about training: callers say what happened.
 """
 
-import errno
-import fcntl
 import json
 import os
 import platform
-import secrets
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,16 +25,8 @@ class RunFailed(Exception):
     """A run ends here, on every rank alike; its text is the one line that the user reads."""
 
 
-class StopSignal:
-    """Remembers SIGTERM and SIGUSR1, the schedulers' words for "you will be preempted"."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+class PeerLost(RunFailed):
+    """Another rank died or failed: each rank that is left says so, for nobody knows which ones are."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -94,63 +80,6 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-@contextmanager
-def claim_run_folder(folder: Path) -> Iterator[None]:
-    """Hold the run folder for this job alone, and show that every rank sees the same one. Collective.
-
-    Raises RunFailed on all ranks where another live job holds it, or where a rank does not see rank 0's file.
-    """
-    rank, lock, problem = dist.get_rank(), None, None
-    told: list[str] = [""]
-    if rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / ".claim", "a+")  # noqa: SIM115  held until the job ends
-            _lock(lock)
-            told = [f"{socket.gethostname()} pid {os.getpid()} {secrets.token_hex(8)}"]
-            lock.truncate(0)
-            lock.write(told[0])
-            lock.flush()
-            os.fsync(lock.fileno())  # NFS sends a file that stays open to other nodes only now
-        except BlockingIOError:
-            owner = (folder / ".claim").read_text()
-            problem = f"is in use by another job ({owner}): wait for its end or name another folder"
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror}): name a folder that can"
-    dist.broadcast_object_list(told, src=0)
-    if rank != 0 and told[0]:
-        try:
-            seen = (folder / ".claim").read_text()
-        except OSError as error:
-            seen = str(error)
-        if seen != told[0]:
-            problem = f"is not the same folder on rank {rank} ({socket.gethostname()}) as on rank 0: it must be shared"
-    try:
-        agree(f"job.dump_folder = {str(folder)!r} {problem}" if problem else None)
-        yield
-    finally:
-        if lock is not None:
-            lock.close()
-
-
-def _lock(file: TextIO) -> None:
-    """Raise BlockingIOError where another process keeps the lock; one that was killed just now gets a moment to die."""
-    deadline = time.monotonic() + 5
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
-            logger.warning("%s: no locks on this storage (%s): a second job is not kept out", file.name, error.strerror)
-            return
-
-
 def agree(problem: str | None) -> None:
     """Raise the same RunFailed on every rank when any rank has a problem. Collective."""
     problems: list[str | None] = [None] * dist.get_world_size()
@@ -174,10 +103,16 @@ def agree_on(facts: dict[str, str]) -> None:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """A user's mistake (ValueError, OSError) on any rank inside is raised on every rank at the end. Collective."""
+    """An error on any rank inside is raised on every rank at the end. Collective.
+
+    Of a user's mistake (ValueError, OSError) the text is all there is to say; of another error the log keeps the place.
+    """
     problem = None
     try:
         yield
     except (ValueError, OSError) as error:
         problem = str(error) or repr(error)
+    except Exception as error:
+        logger.exception("not foreseen:")
+        problem = f"{type(error).__name__}: {error}"
     agree(problem)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titanlite.config import Config, ConfigError, load_config
+from titanlite.log import init_logging, logger
+from titanlite.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from titanlite.job import Job
@@ -23,11 +25,11 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             print(error, file=sys.stderr)
         return 1
-    # From here on torch is imported, which takes seconds: a config error should not.
-    from titanlite.log import init_logging, logger
-    from titanlite.runtime import RunFailed, read_json
-
     init_logging(rank)
+    watchdog = Watchdog(config.comm.grace_seconds)
+    # From here on torch is imported, which takes seconds: a config error should not.
+    from titanlite.runtime import PeerLost, RunFailed, read_json
+
     status = read_json(Path(config.job.dump_folder) / "status.json")
     done = status.get("state") == "finished" and status["step"] >= config.training.steps
     if done and config.checkpoint.load_step < 0:
@@ -37,13 +39,17 @@ def main(argv: list[str] | None = None) -> int:
             config.job.dump_folder,
             status["step"],
         )
+        watchdog.close()
         return 0
     from titanlite.checkpoint import CheckpointError
     from titanlite.job import Job
 
     try:
-        with Job(config) as job:
+        with Job(config, watchdog) as job:
             train(job, config)
+    except PeerLost as error:
+        logger.error("%s", error)
+        return 1
     except (RunFailed, CheckpointError) as error:  # the same on every rank
         if rank == 0:
             print(f"titanlite: {error}", file=sys.stderr)

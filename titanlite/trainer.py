@@ -79,6 +79,8 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.parameter_device = next(self.model.parameters()).device
         self.guard = NonFiniteGuard(mesh.device, sticky=config.training.on_nonfinite == "stop")
+        self.on_micro_batch: Callable[[], None] = lambda: None
+        """Called before each forward pass of a step."""
         self.on_gradients: Callable[[], None] = lambda: None
         """Called in each step when its gradients are whole and not yet clipped, for those who watch them."""
 
@@ -93,6 +95,7 @@ class Trainer:
         weight = self.mesh.dp_degree / max(num_targets, 1)
         losses = []
         for i, micro_batch in enumerate(micro_batches):
+            self.on_micro_batch()
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(micro_batches) - 1)
             losses.append(self._forward_backward(micro_batch, weight))
         lr = learning_rate(self.step, training.steps, self.config.optimizer.lr, self.config.lr_scheduler)

@@ -35,7 +35,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "from 0 to 2147483647",
         lambda v: 0 <= v < LIMIT,
         "data.max_epochs data.sources.NAME.max_epochs data.max_bad_records data.num_workers data.prefetch"
-        " lr_scheduler.warmup_steps checkpoint.keep_latest_k",
+        " lr_scheduler.warmup_steps checkpoint.keep_latest_k comm.grace_seconds",
     ),
     ("from 0 to 9223372036854775807", lambda v: 0 <= v < 2**63, "training.seed"),
     (

@@ -262,10 +262,13 @@ class ProfilingConfig:
 @dataclass(frozen=True)
 class CommConfig:
     init_timeout_seconds: int = 600
-    """Seconds that collectives may take until the first step is done (compilation, slow starts). Ranks wait without
-    limit for one that still builds an index or writes a token cache."""
+    """Seconds that a rank may stand still until the first step is done (waiting for other ranks, compilation) before
+    the job ends and names it. Preparing data (index, token cache) has no limit, a save or a load half an hour."""
     train_timeout_seconds: int = 300
-    """Seconds that collectives may take after the first step."""
+    """The same after the first step: the limit of a micro-batch, or of a wait for data or for other ranks."""
+    grace_seconds: int = 0
+    """Seconds from SIGTERM or SIGUSR1 until all ranks leave, with the step and the save done or not. 0: when they are
+    done. Set it below what the scheduler gives."""
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,16 @@ Refuses to guess: degrees arrive resolved, and a group is joined through a store
 """
 
 import os
+import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from titanlite.log import logger
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,11 @@ def build_mesh(device_type: str, replicate: int, shard: int, tp: int) -> Mesh:
     return Mesh(init_device_mesh(device_type, (replicate, shard, tp), mesh_dim_names=axes))
 
 
-def init_process_group(device_type: str, timeout_seconds: int) -> bool:
+def init_process_group(device_type: str, timeout_seconds: int, tell_seconds: float = 30) -> bool:
     """Join the job's process group; without torchrun's environment, be a job of one rank.
 
-    False where the caller has joined it already, and will leave it.
-
-    Every attempt of an elastic job gets its own key space: torchrun keeps the store of a failed attempt alive, and
-    gloo would dial the addresses of its dead workers (pytorch#135712).
+    False where the caller has joined it already, and will leave it. Every `tell_seconds` the log names the ranks that
+    are awaited. Raises TimeoutError, naming them, where they are not there in time.
     """
     if dist.is_initialized():
         return False
@@ -74,18 +76,65 @@ def init_process_group(device_type: str, timeout_seconds: int) -> bool:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return True
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    agent_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    server = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0 and not agent_serves,
-        timeout=timeout,
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"titanlite_attempt_{attempt}", server)
+    waiting = _Waiting(timeout_seconds, tell_seconds)
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = _connect("ranks", timeout, waiting, serves)
+    _call_the_roll(store, rank, world_size, waiting)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return True
+
+
+def another_connection(timeout_seconds: int) -> dist.Store | None:
+    """To the store at which the ranks met, for a thread of its own; None in a job of one rank without torchrun."""
+    if "RANK" not in os.environ:
+        return None
+    return _connect("watchdog", timedelta(seconds=timeout_seconds), _Waiting(timeout_seconds, timeout_seconds), False)
+
+
+class _Waiting:
+    """The time that is left to wait in, and the log lines that say for whom."""
+
+    def __init__(self, timeout_seconds: float, tell_seconds: float) -> None:
+        self._began, self._told = time.monotonic(), 0.0
+        self._timeout, self._tell = timeout_seconds, tell_seconds
+
+    def sleep(self, awaited: str) -> None:
+        """For a moment. Raises TimeoutError when the time is up."""
+        waited = time.monotonic() - self._began
+        if waited > self._timeout:
+            raise TimeoutError(
+                f"waited {self._timeout:g} s (comm.init_timeout_seconds) for {awaited}: look for its log and its host"
+            )
+        if waited > self._told + self._tell:
+            self._told = waited
+            logger.warning("waiting for %s (%.0f s of %g)", awaited, waited, self._timeout)
+        time.sleep(0.05)
+
+
+def _connect(name: str, timeout: timedelta, waiting: _Waiting, serves: bool) -> dist.Store:
+    """A connection to the job's store with a key space of its own for every attempt of an elastic job.
+
+    torchrun keeps the store of a failed attempt alive, and gloo would dial the addresses of its dead workers
+    (pytorch#135712).
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    while not serves:
+        try:  # quietly: the store's own constructor prints a stack for every attempt
+            socket.create_connection((host, port), timeout=5).close()
+            break
+        except OSError:
+            waiting.sleep(f"rank 0, or its launcher, at {host}:{port}")
+    store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"titanlite_attempt_{attempt}/{name}", store)
+
+
+def _call_the_roll(store: dist.Store, rank: int, world_size: int, waiting: _Waiting) -> None:
+    store.set(f"here/{rank}", "")
+    missing = list(range(world_size))
+    while missing := [other for other in missing if not store.check([f"here/{other}"])]:
+        more = f" and {len(missing) - 16} more" if len(missing) > 16 else ""
+        waiting.sleep(f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing[:16]))}{more}")
 
 
 def set_timeout(mesh: Mesh, seconds: int) -> None:
