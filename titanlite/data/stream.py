@@ -153,7 +153,9 @@ class StreamedReader:
                 text = self._source.read(int(sized[i]))
                 beginning = text[:_SAMPLE_CHARS]
                 tokens += len(self._encode(beginning, int(sized[i]))) * (len(text) / max(1, len(beginning)))
-            except (ValueError, OSError, RuntimeError):  # met again, and told, when the document's turn comes
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException:  # met again, and told, when the document's turn comes
                 continue
             read += float(sizes[i])
         return round(tokens / max(1.0, read) * float(sizes.mean()) * num_documents)
