@@ -84,15 +84,17 @@ def test_what_is_no_prompt_file_is_named(tmp_path: Path, name: str, content: byt
     assert "\n" not in str(error.value)
 
 
-def test_a_single_text_grows_and_ends_with_its_line(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_text_grows_and_ends_with_its_line(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.BytesIO()  # what has left the process, flushed
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, encoding="utf-8"))
     only = Continuation("he", 2)
     printer = Printer([only], tokenizer, as_json=False)
-    seen = [capsys.readouterr().out]
+    seen = [out.getvalue().decode()]
     for token in (257, 0xC3, 0xA9, 0xC3, 261):
         only.take(token, eos_id=261, max_new_tokens=9)
         printer.update()
-        seen.append(capsys.readouterr().out)
-    assert seen == ["he", "ll", "", "\u00e9", "", "\ufffd\n"]
+        seen.append(out.getvalue().decode())
+    assert seen == ["he", "hell", "hell", "hell\u00e9", "hell\u00e9", "hell\u00e9\ufffd\n"]
     assert (only.tokens, only.finish) == ([257, 0xC3, 0xA9, 0xC3], "eos")
 
 
