@@ -154,7 +154,7 @@ def rank_main(rank: int, num_ranks: int, folder: Path, model: ModelConfig, round
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
     tensors = state_of(model, init_device_mesh("cpu", (num_ranks,)))
     costs = measure_saves(folder, tensors, rounds) if saves else {}
-    costs |= measure_loads(folder, tensors, max(3, rounds // 3))
+    costs |= measure_loads(folder, tensors, rounds)
     if rank == 0:
         torch.save({name: [(c.wall, c.cpu) for c in found] for name, found in costs.items()}, folder / "costs.pt")
     dist.destroy_process_group()
