@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,15 @@ def until(condition: Callable[[], object], what: str, seconds: float = LONG) -> 
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
         time.sleep(0.02)
+
+
+def forked(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process of its own that runs an importable function, with torch imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.lives", "titanlite.job", "torch.utils.tensorboard"])
+    process = context.Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 def num_steps(run: Path) -> int:
@@ -63,13 +74,11 @@ class Life:
             "LOG_RANK": ",".join(map(str, range(world_size))),
         }
         self._logs = [folder / f"life-{attempt}-rank-{rank}.log" for rank in range(world_size)]
-        self.processes: list[multiprocessing.process.BaseProcess] = []
+        self.processes: list[BaseProcess] = []
 
     def start(self, rank: int, argv: list[str], fault: Callable[[int], None] | None) -> None:
         arguments = (rank, self._environment, str(self._logs[rank]), fault, argv)
-        process = _context().Process(target=_rank, args=arguments, daemon=True)
-        process.start()
-        self.processes.append(process)
+        self.processes.append(forked(_rank, *arguments))
 
     def log(self, rank: int) -> str:
         return self._logs[rank].read_text() if self._logs[rank].exists() else ""
@@ -123,9 +132,3 @@ def lives(folder: Path) -> Iterator[Lives]:
         yield found
     finally:
         found.end()
-
-
-def _context() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.lives", "titanlite.job", "torch.utils.tensorboard"])
-    return context

@@ -5,23 +5,30 @@ Each case shows what the user sees, the exit codes, and that the next start goes
 
 import json
 import os
+import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.lives import Lives, lives, num_steps, until
-from tests.tiny_run import fingerprints, write_config
+from tests.tiny_run import NUM_DOCUMENTS, descendants, fingerprints, text, write_config
 from titanlite import opening
 from titanlite.checkpoint import tensors as checkpoint_files
 from titanlite.config import DataConfig
 from titanlite.data.loader import Batch, Loader, build_loader
 from titanlite.trainer import Trainer
 
-RUN = {"training__steps": 40, "metrics__enable_tensorboard": False, "training__local_batch_size": 8}
+RUN = {"training__steps": 24, "metrics__enable_tensorboard": False, "training__local_batch_size": 8}
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture
@@ -32,10 +39,10 @@ def job(tmp_path: Path) -> Iterator[Lives]:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """The fingerprints of an uninterrupted run of 40 steps."""
+    """The fingerprints of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     with lives(folder) as job:
-        assert job.start(1, write_config(folder, **RUN, checkpoint__interval=40)).wait() == [0]
+        assert job.start(1, write_config(folder, **RUN, checkpoint__interval=24)).wait() == [0]
     return fingerprints(folder / "run")
 
 
@@ -47,6 +54,19 @@ def goes_on(job: Lives, config: Path, expected: dict[int, str], *overrides: str)
     """The next start needs no help and ends with the batches of a run that nothing happened to."""
     assert job.start(2, config, *overrides).wait() == [0, 0]
     assert fingerprints(job.folder / "run") == expected
+
+
+def park(rank: int) -> None:
+    """A run that is whole, and stays in step 7 until something happens to it: tests need not be quick."""
+    right = Trainer.train_step
+
+    def train_step(self: Trainer, *arguments: Any) -> Any:
+        while self.step >= 6:
+            self.on_micro_batch()
+            time.sleep(0.02)
+        return right(self, *arguments)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
 
 
 # A rank hangs
@@ -107,7 +127,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(job: Lives, fault: Any, pha
 def test_a_stopped_process_is_named_and_the_next_start_goes_on(job: Lives, expected: dict[int, str]) -> None:
     """Rank 0, which writes the status else. It is killed at last, as a launcher does, and its claim lapses with it."""
     config = write_config(job.folder, **RUN, comm__train_timeout_seconds=6, checkpoint__interval=4)
-    life = job.start(2, config)
+    life = job.start(2, config, fault=park)
     until(lambda: num_steps(job.folder / "run") >= 5, "five steps")
     life.send(0, signal.SIGSTOP)
     assert life.wait(1) == [1]
@@ -209,4 +229,174 @@ def test_a_stop_before_the_first_step_is_heeded_in_seconds(job: Lives, expected:
     assert (status(job.folder)["state"], status(job.folder)["step"]) == ("preempted", 0)
     assert "SIGUSR1 to rank 1" in status(job.folder)["reason"]
     assert "preparing data" in status(job.folder)["reason"]
+    goes_on(job, config, expected)
+
+
+# Another job takes the folder, or nobody is left to run for
+
+
+def test_a_run_that_was_taken_over_commits_nothing_and_ends(job: Lives) -> None:
+    """As it happens on storage without locks to a job that was suspended for long."""
+    config = write_config(job.folder, **RUN, checkpoint__interval=100)
+    life = job.start(2, config, fault=park)
+    until(lambda: num_steps(job.folder / "run") >= 2, "two steps")
+    owner = f"node9 pid 17 machine another token {'0' * 16} beat {5:010d}\n"
+    (job.folder / "run/.claim").write_text(owner)
+    assert life.wait() == [1, 1]
+    said = f"job.dump_folder = '{job.folder}/run' is taken over by another job (node9 pid 17): ending without a save"
+    assert said in life.log(0)
+    assert said in life.log(1)
+    assert status(job.folder)["state"] == "running", "it is the other's to write"
+    assert (job.folder / "run/.claim").read_text() == owner
+    assert not (job.folder / "run/checkpoint").exists()
+
+
+def test_orphans_end_by_themselves_and_the_next_start_goes_on(job: Lives, expected: dict[int, str]) -> None:
+    """torchrun is killed, its ranks are not."""
+    config = write_config(job.folder, **RUN, checkpoint__interval=4)
+    program, log = job.folder / "parked.py", job.folder / "log"
+    lines = ["import sys", "from tests.test_faults_process import park", "from titanlite.train import main"]
+    lines += ["if __name__ == '__main__':", "    park(0)", "    sys.exit(main())", ""]
+    program.write_text("\n".join(lines))
+    with open(log, "w") as stderr:
+        launcher = subprocess.Popen(
+            [*TORCHRUN, program, "--job.config_file", str(config)],
+            stderr=stderr,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
+    try:
+        until(lambda: num_steps(job.folder / "run") >= 5, "five steps")
+        ranks = descendants(launcher.pid)[1:]
+    finally:
+        launcher.kill()
+        launcher.wait()
+    began = time.monotonic()
+    until(lambda: not any(map(alive, ranks)), "the end of the orphans")
+    assert time.monotonic() - began < 30
+    assert f"the launcher (pid {launcher.pid}) is gone: ending at once, without a save" in log.read_text()
+    goes_on(job, config, expected)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# An error of any kind while the data are opened
+
+
+def fail_to_open(rank: int) -> None:
+    def build(*arguments: Any, **named: Any) -> Loader:
+        if rank == 1:
+            raise RuntimeError("can't start new thread")
+        return build_loader(*arguments, **named)
+
+    opening.build_loader = build
+
+
+def test_an_error_that_nobody_foresaw_ends_all_ranks_at_once(job: Lives) -> None:
+    """Not the user's mistake, and not one of a class that means one: told on all ranks all the same, with its place."""
+    life = job.start(2, write_config(job.folder, **RUN), fault=fail_to_open)
+    assert life.wait() == [1, 1]
+    assert "titanlite: RuntimeError: can't start new thread\n" in life.log(0)
+    assert 'raise RuntimeError("can\'t start new thread")' in life.log(1)
+    assert "Traceback" not in life.log(0)
+    assert status(job.folder)["reason"].endswith("RuntimeError: can't start new thread")
+
+
+# Random moments
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("whom", ["one rank", "all", "the launcher"])
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_killed_at_random_moments_the_next_start_always_goes_on(
+    whom: str, mode: str, tmp_path: Path, expected_with_an_index: tuple[str, dict[int, str]]
+) -> None:
+    """kill -9 while ranks import, build an index, load, train and save; no life but the last one gets far."""
+    paths, expected = expected_with_an_index
+    overrides = {"checkpoint__interval": 2, "checkpoint__async_mode": mode}
+    config = write_config(tmp_path, paths=paths, **RUN | overrides)
+    rng = random.Random(f"{whom} {mode}")
+    lived = []
+    for _ in range(12):
+        launcher = launch(config, tmp_path / "log")
+        time.sleep(rng.uniform(3, 12))  # a random moment is what is wanted
+        ranks = descendants(launcher.pid)[1:]
+        for victim in {"one rank": ranks[-1:], "all": [launcher.pid, *ranks], "the launcher": [launcher.pid]}[whom]:
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        launcher.wait(120)
+        until(lambda ranks=ranks: not any(map(alive, ranks)), "the end of the ranks")
+        lived.append(num_steps(tmp_path / "run"))
+        if (tmp_path / "run/status.json").exists() and status(tmp_path)["state"] == "finished":
+            break
+    assert launch(config, tmp_path / "log").wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert fingerprints(tmp_path / "run") == expected, lived
+
+
+@pytest.fixture(scope="module")
+def expected_with_an_index(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[int, str]]:
+    """A corpus that needs an index, and the fingerprints of an uninterrupted run on it."""
+    folder = tmp_path_factory.mktemp("with an index")
+    records = folder / "records.jsonl"
+    records.write_text("".join(json.dumps({"text": text(number)}) + "\n" for number in range(NUM_DOCUMENTS)))
+    with lives(folder) as job:
+        assert job.start(1, write_config(folder, paths=str(records), **RUN)).wait() == [0]
+    return str(records), fingerprints(folder / "run")
+
+
+def launch(config: Path, log: Path, *options: str) -> "subprocess.Popen[bytes]":
+    with open(log, "a") as stderr:
+        return subprocess.Popen(
+            [*TORCHRUN, *options, "-m", "titanlite.train", "--job.config_file", str(config)],
+            stderr=stderr,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_each_of_three_kills(tmp_path: Path, expected: dict[int, str]) -> None:
+    config = write_config(tmp_path, **RUN | {"training__steps": 24}, checkpoint__interval=2)
+    launcher = launch(config, tmp_path / "log", "--max-restarts=3")
+    killed: set[int] = set()
+    for steps in (3, 8, 13):
+        until(lambda steps=steps: num_steps(tmp_path / "run") >= steps, f"{steps} steps")
+        ranks = [pid for pid in descendants(launcher.pid)[1:] if pid not in killed and alive(pid)]
+        os.kill(ranks[-1], signal.SIGKILL)
+        killed.update(ranks)
+        until(lambda ranks=ranks: not any(map(alive, ranks)), "the end of the others")
+    assert launcher.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert fingerprints(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize("whom", ["one rank", "all ranks"])
+def test_signals_at_random_moments_end_in_order_and_the_next_start_goes_on(
+    whom: str, number: signal.Signals, job: Lives, expected: dict[int, str]
+) -> None:
+    """Exit code 0, status.json says preempted or finished, and what it says was saved is there."""
+    config = write_config(job.folder, **RUN, checkpoint__interval=3)
+    rng = random.Random(f"{whom} {number}")
+    for _ in range(15):
+        life = job.start(2, config)
+        time.sleep(rng.uniform(0.5, 4))  # a random moment is what is wanted
+        with suppress(ProcessLookupError):
+            for rank in range(2) if whom == "all ranks" else [rng.randrange(2)]:
+                life.send(rank, number)
+        # Before Python has installed a handler, or past the end: the signal's own way.
+        codes = life.wait()
+        if codes != [0, 0]:
+            assert not (job.folder / "run/status.json").exists() or "new run" not in life.log(0), codes
+            continue
+        found = status(job.folder)
+        if found["state"] == "finished":
+            break
+        assert found["state"] == "preempted"
+        assert found["step"] == 0 or (job.folder / f"run/checkpoint/step-{found['step']:08d}/manifest.json").exists()
     goes_on(job, config, expected)

@@ -1,7 +1,7 @@
 """A process as a rank of its job: it joins the process group, builds the mesh, and says what it does and for how long.
 
-Owns the limits: how long the watchdog lets a phase take, and collectives some seconds more, so that what ends a job which
-hangs is the watchdog's message, which names the rank.
+Owns the limits: how long the watchdog lets a phase take, and collectives some seconds more: its message names the rank
+that hangs, and theirs does not.
 """
 
 import math
@@ -31,7 +31,7 @@ class Membership:
         try:
             self._joined = init_process_group(device_type, config.comm.init_timeout_seconds)
             store = another_connection(config.comm.init_timeout_seconds) if self._joined else None
-        except TimeoutError as error:
+        except OSError as error:
             raise PeerLost(str(error)) from error
         if store is not None:
             watchdog.connect(store, dist.get_rank(), dist.get_world_size())

@@ -33,7 +33,8 @@ class RunFolder:
     def fence(self) -> str | None:
         """Asked on rank 0: why a checkpoint must not be committed any more; None: it may."""
         why = self._claim.taken_over() if self._claim is not None else None
-        return f"{self.path} is {why}" if why else None
+        self._held = self._held and not why
+        return f"job.dump_folder = {str(self.path)!r} is {why}" if why else None
 
     def set_status(self, state: str, step: int | None, **facts: Any) -> None:
         """Nothing before the claim is had, nor once it is lost: the status is the other job's then."""

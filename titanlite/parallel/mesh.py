@@ -64,7 +64,8 @@ def init_process_group(device_type: str, timeout_seconds: int, tell_seconds: flo
     """Join the job's process group; without torchrun's environment, be a job of one rank.
 
     False where the caller has joined it already, and will leave it. Every `tell_seconds` the log names the ranks that
-    are awaited. Raises TimeoutError, naming them, where they are not there in time.
+    are awaited. Raises TimeoutError, naming them, where they are not there in time; ConnectionError where their store
+    is closed meanwhile.
     """
     if dist.is_initialized():
         return False
@@ -130,11 +131,16 @@ def _connect(name: str, timeout: timedelta, waiting: _Waiting, serves: bool) -> 
 
 
 def _call_the_roll(store: dist.Store, rank: int, world_size: int, waiting: _Waiting) -> None:
-    store.set(f"here/{rank}", "")
-    missing = list(range(world_size))
-    while missing := [other for other in missing if not store.check([f"here/{other}"])]:
-        more = f" and {len(missing) - 16} more" if len(missing) > 16 else ""
-        waiting.sleep(f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing[:16]))}{more}")
+    missing, awaited = list(range(world_size)), "the other ranks"
+    try:
+        store.set(f"here/{rank}", "")
+        while missing := [other for other in missing if not store.check([f"here/{other}"])]:
+            more = f" and {len(missing) - 16} more" if len(missing) > 16 else ""
+            awaited = f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing[:16]))}{more}"
+            waiting.sleep(awaited)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConnectionError(f"the store at {address} was closed while this rank waited for {awaited}") from error
 
 
 def set_timeout(mesh: Mesh, seconds: int) -> None:
