@@ -19,11 +19,13 @@ from tests.gloo import ranks
 from tests.make_tokenizers import single_bytes, write_tokenizer
 from tests.test_generate import without_cache
 from tests.tiny_run import state_of, text, write_config
-from titanlite.checkpoint import Checkpointer
+from titanlite import generate
+from titanlite.checkpoint import Checkpointer, CheckpointError, read_manifest
 from titanlite.config import load_config
 from titanlite.generate import main
 from titanlite.model import Llama
 from titanlite.parallel.mesh import build_mesh
+from titanlite.pretrained import _config as config_of
 from titanlite.pretrained import load_model
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer
@@ -299,6 +301,56 @@ def test_help_explains_every_option_without_torch() -> None:
         assert f"--{option} " in result.stdout
     for option in ("json", "dtype", "device", "tokenizer", "batch_size"):
         assert f"--{option}" in result.stdout
+
+
+def test_the_tokenizers_pad_changes_nothing(tmp_path: Path) -> None:
+    """No pad, pad == eos, and one of its own, which prompts of three lengths are never padded with in any case."""
+    special = {"<|begin|>": 256, "<|end|>": 257, "<|pad|>": 258}
+    outputs = set()
+    for number, pad in enumerate([{}, {"pad_token": "<|end|>"}, {"pad_token": "<|pad|>"}]):
+        folder = tmp_path / str(number)
+        names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", **pad}
+        write_tokenizer(folder / "tokenizer", single_bytes(), special, **names)
+        ranks(1).run(save, str(write_config(folder, model__init_std=0.3)), 1, 1)
+        outputs.add(printed(*arguments(folder / "run")))
+    assert len(outputs) == 1
+
+
+def test_a_config_is_read_as_far_as_this_version_knows_it(run: Path) -> None:
+    saved_config = read_manifest(str(run / "checkpoint" / "step-00000001"))["meta"]["config"]
+    written = load_config(["--job.config_file", str(run.parent / "config.toml")])
+    assert config_of("x", {"config": saved_config}) == written
+    newer = json.loads(json.dumps(saved_config))
+    newer["training"]["of_later"], newer["later"] = 1, {"key": "value"}
+    del newer["metrics"]
+    assert config_of("x", {"config": newer}).model == written.model
+    newer["model"]["of_later"] = True
+    for meta, told in (
+        ({"config": newer}, "x: its config has model.of_later, which this titanlite does not know"),
+        ({}, "x: its manifest holds no usable config"),
+        ({"config": {**saved_config, "model": {"dim": "wide"}}}, "x: its manifest holds no usable config"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            config_of("x", meta)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nand more"), 1, "titanlite: CUDA out of memory. Use a smaller"),
+        (KeyboardInterrupt(), 130, "\ntitanlite: interrupted"),
+    ],
+    ids=["memory", "interrupt"],
+)
+def test_what_ends_it_is_told(
+    error: BaseException, code: int, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(generate, "run", run)
+    assert main(["--checkpoint", "x", "--prompt", "y"]) == code
+    assert capsys.readouterr().err.startswith(told)
 
 
 @pytest.mark.slow
