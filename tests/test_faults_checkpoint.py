@@ -126,6 +126,24 @@ def test_a_run_goes_on_from_the_valid_one_before_and_says_so(
     assert verify.main(["checkpoint", str(folder)]) == 0
 
 
+def test_a_run_whose_every_checkpoint_is_damaged_does_not_begin_anew(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, argv = copy_of(finished, tmp_path)
+    for path in folder.glob("step-*"):
+        (path / "__0_0.distcp").unlink()
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    for _ in range(2):  # nor the next time, when they are called otherwise
+        assert main(argv) == 1
+        assert f"titanlite: {folder}: no valid checkpoint, and damaged ones that were set aside (.bad-step-" in (
+            capsys.readouterr().err
+        )
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    for path in folder.glob(".bad-*"):
+        shutil.rmtree(path)
+    assert main(argv) == 0
+
+
 @pytest.mark.parametrize("num_flips", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_every_flipped_bit_is_found_and_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_flips: int

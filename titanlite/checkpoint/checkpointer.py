@@ -148,6 +148,10 @@ class Checkpointer:
             else:
                 return path
 
+    def damaged(self) -> list[str]:
+        """Names of the folders that were set aside as damaged, now or earlier."""
+        return self._agree(lambda: folders.list_damaged(self.folder) if self._rank == 0 else [])[0]
+
     def read_meta(self, path: str) -> dict[str, Any]:
         """The `meta` that was saved with checkpoint `path`; not collective."""
         meta: dict[str, Any] = folders.read_manifest(path)["meta"]

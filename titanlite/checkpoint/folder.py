@@ -68,6 +68,11 @@ def links_of_steps(folder: str) -> list[str]:
     return sorted(e.path for e in os.scandir(folder) if _STEP.fullmatch(e.name) and e.is_symlink())
 
 
+def list_damaged(folder: str) -> list[str]:
+    """Names of what was set aside in `folder` as damaged."""
+    return sorted(name for name in os.listdir(folder) if name.startswith(".bad-")) if os.path.isdir(folder) else []
+
+
 def check_free_space(folder: str, needed: int) -> None:
     """Raise CheckpointError unless the file system of `folder` has `needed` bytes free for this user."""
     disk = os.statvfs(folder)

@@ -25,6 +25,11 @@ def decide_start(config: CheckpointConfig, checkpointer: Checkpointer) -> str | 
             return path
         if config.resume == "must":
             raise CheckpointError(f'checkpoint.resume = "must", and there is no valid checkpoint in {folder}')
+        if damaged := checkpointer.damaged():  # their run may have cost weeks: beginning anew is not ours to decide
+            raise CheckpointError(
+                f"{folder}: no valid checkpoint, and damaged ones that were set aside ({', '.join(damaged)}): put a"
+                " copy of one in its place, or delete them to train anew"
+            )
         why = f"no valid checkpoint in {folder}"
     weights = f"weights of {config.init_from}" if config.init_from else "newly drawn weights"
     logger.info("new run with %s: %s", weights, why)
