@@ -28,7 +28,6 @@ from titanlite.trainer import Trainer
 RUN = {"training__steps": 24, "metrics__enable_tensorboard": False, "training__local_batch_size": 8}
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture
@@ -67,6 +66,32 @@ def park(rank: int) -> None:
         return right(self, *arguments)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def linger(rank: int) -> None:
+    """A run whose steps take a while, so that a random moment lies in one of them."""
+    right = Trainer.train_step
+
+    def train_step(self: Trainer, *arguments: Any) -> Any:
+        time.sleep(0.15)
+        return right(self, *arguments)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
+def launch(config: Path, log: Path, *options: str, fault: str) -> "subprocess.Popen[bytes]":
+    """torchrun, of two ranks with this fault."""
+    program = log.with_name("program.py")
+    lines = [f"import sys\nfrom tests.test_faults_process import {fault}\nfrom titanlite.train import main"]
+    lines += ["if __name__ == '__main__':", f"    {fault}(0)", "    sys.exit(main())", ""]
+    program.write_text("\n".join(lines))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with open(log, "a") as stderr:
+        return subprocess.Popen(
+            [*torchrun, *options, program, "--job.config_file", str(config)],
+            stderr=stderr,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
 
 
 # A rank hangs
@@ -254,16 +279,8 @@ def test_a_run_that_was_taken_over_commits_nothing_and_ends(job: Lives) -> None:
 def test_orphans_end_by_themselves_and_the_next_start_goes_on(job: Lives, expected: dict[int, str]) -> None:
     """torchrun is killed, its ranks are not."""
     config = write_config(job.folder, **RUN, checkpoint__interval=4)
-    program, log = job.folder / "parked.py", job.folder / "log"
-    lines = ["import sys", "from tests.test_faults_process import park", "from titanlite.train import main"]
-    lines += ["if __name__ == '__main__':", "    park(0)", "    sys.exit(main())", ""]
-    program.write_text("\n".join(lines))
-    with open(log, "w") as stderr:
-        launcher = subprocess.Popen(
-            [*TORCHRUN, program, "--job.config_file", str(config)],
-            stderr=stderr,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )
+    log = job.folder / "log"
+    launcher = launch(config, log, fault="park")
     try:
         until(lambda: num_steps(job.folder / "run") >= 5, "five steps")
         ranks = descendants(launcher.pid)[1:]
@@ -323,7 +340,7 @@ def test_killed_at_random_moments_the_next_start_always_goes_on(
     rng = random.Random(f"{whom} {mode}")
     lived = []
     for _ in range(12):
-        launcher = launch(config, tmp_path / "log")
+        launcher = launch(config, tmp_path / "log", fault="linger")
         time.sleep(rng.uniform(3, 12))  # a random moment is what is wanted
         ranks = descendants(launcher.pid)[1:]
         for victim in {"one rank": ranks[-1:], "all": [launcher.pid, *ranks], "the launcher": [launcher.pid]}[whom]:
@@ -334,7 +351,7 @@ def test_killed_at_random_moments_the_next_start_always_goes_on(
         lived.append(num_steps(tmp_path / "run"))
         if (tmp_path / "run/status.json").exists() and status(tmp_path)["state"] == "finished":
             break
-    assert launch(config, tmp_path / "log").wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert launch(config, tmp_path / "log", fault="linger").wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
     assert fingerprints(tmp_path / "run") == expected, lived
 
 
@@ -349,19 +366,11 @@ def expected_with_an_index(tmp_path_factory: pytest.TempPathFactory) -> tuple[st
     return str(records), fingerprints(folder / "run")
 
 
-def launch(config: Path, log: Path, *options: str) -> "subprocess.Popen[bytes]":
-    with open(log, "a") as stderr:
-        return subprocess.Popen(
-            [*TORCHRUN, *options, "-m", "titanlite.train", "--job.config_file", str(config)],
-            stderr=stderr,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_torchrun_restarts_after_each_of_three_kills(tmp_path: Path, expected: dict[int, str]) -> None:
-    config = write_config(tmp_path, **RUN | {"training__steps": 24}, checkpoint__interval=2)
-    launcher = launch(config, tmp_path / "log", "--max-restarts=3")
+    config = write_config(tmp_path, **RUN, checkpoint__interval=2)
+    launcher = launch(config, tmp_path / "log", "--max-restarts=3", fault="linger")
     killed: set[int] = set()
     for steps in (3, 8, 13):
         until(lambda steps=steps: num_steps(tmp_path / "run") >= steps, f"{steps} steps")
@@ -384,16 +393,13 @@ def test_signals_at_random_moments_end_in_order_and_the_next_start_goes_on(
     config = write_config(job.folder, **RUN, checkpoint__interval=3)
     rng = random.Random(f"{whom} {number}")
     for _ in range(15):
-        life = job.start(2, config)
-        time.sleep(rng.uniform(0.5, 4))  # a random moment is what is wanted
+        life = job.start(2, config, fault=linger)
+        until(lambda life=life: life.log(0) and life.log(1), "the first line of each log")
+        time.sleep(rng.uniform(0, 4))  # a random moment is what is wanted
         with suppress(ProcessLookupError):
             for rank in range(2) if whom == "all ranks" else [rng.randrange(2)]:
                 life.send(rank, number)
-        # Before Python has installed a handler, or past the end: the signal's own way.
-        codes = life.wait()
-        if codes != [0, 0]:
-            assert not (job.folder / "run/status.json").exists() or "new run" not in life.log(0), codes
-            continue
+        assert life.wait() == [0, 0]
         found = status(job.folder)
         if found["state"] == "finished":
             break
