@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import namedtuple
@@ -248,6 +249,68 @@ def test_killed_again_and_again_the_cache_is_finished_and_right(corpus: Path, se
     write(corpus, ByteTokenizer(), 2)
     assert whole(corpus)
     assert wait_until(lambda: not [name for name in leftovers(corpus) if name.endswith(".tmp")])
+
+
+AS_A_USER = """
+import os, sys
+from pathlib import Path
+from tests.byte_tokenizer import ByteTokenizer
+from tests.token_caches import Watched, write
+folder, user, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+os.setgid(user)
+os.setuid(user)
+write(folder, Watched(folder / f"notes{user}", seconds), 0)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become two other users")
+def test_users_share_a_folder_and_what_was_killed_there() -> None:
+    """Files and locks belong to who made them; in a folder like /tmp nobody else can write or remove them."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are the user's alone
+        folder = Path(name)
+        folder.chmod(0o755)
+        write_corpus(folder)
+        for path in (folder, folder / "cache"):
+            path.mkdir(exist_ok=True)
+            path.chmod(0o1777)
+        command = [sys.executable, "-c", AS_A_USER, name]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        first = subprocess.Popen([*command, "60001", "0.02"], env=environment, cwd=ROOT)
+        try:
+            assert wait_until(lambda: len(shard_files(folder)) >= 2 and ".tmp" in str(leftovers(folder)))
+        finally:
+            first.kill()
+            first.wait()
+        left = leftovers(folder)
+        assert [name for name in left if name.endswith(".lock")]
+        second = subprocess.run([*command, "60002", "0"], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert second.returncode == 0, second.stderr
+        assert whole(folder)
+        owners = {path.stat().st_uid for path in shard_files(folder)}
+        assert owners == {60001, 60002}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become two other users")
+def test_the_lock_of_another_user_is_heeded() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_corpus(folder)
+        with small_shards(1400):
+            source = source_of(folder, "a.jsonl")
+            portion = plan_shards(source, ByteTokenizer().fingerprint)[3]
+        for path in (folder, folder / "cache"):
+            path.chmod(0o1777)
+        with (folder / "cache" / f"{portion.name}.lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            command = [sys.executable, "-c", AS_A_USER, name, "60001", "0"]
+            job = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
+            try:
+                assert wait_until(lambda: len(shard_files(folder)) == NUM_SHARDS - 1)
+                assert job.poll() is None
+            finally:
+                lock.close()
+                assert job.wait(60) == 0
+        assert whole(folder)
 
 
 def test_leftovers_of_killed_processes_are_removed(corpus: Path) -> None:

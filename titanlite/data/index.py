@@ -5,12 +5,9 @@ creation by several processes at once. Refuses to interpret records.
 """
 
 import contextlib
-import fcntl
-import glob
 import hashlib
 import mmap
 import os
-import socket
 import struct
 import sys
 import tempfile
@@ -22,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from titanlite.data.files import shown
+from titanlite.data.lock import open_lock, remove_leftovers, temporary_prefix, try_lock
 from titanlite.log import logger
 
 _FORMAT = 1  # part of the key: a new format never reads an old file
@@ -116,32 +114,23 @@ def _checksum(crc: int, num_records: int) -> int:
 @contextlib.contextmanager
 def _lock(path: str) -> Iterator[bool]:
     """Hold the lock file; yields False where the file system knows no locks: work is then duplicated, not wrong."""
-    with open(path, "ab") as file:
-        waited, told, held = 0.0, 0.0, False
-        while not held:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-            except BlockingIOError:
-                if waited >= told:
-                    logger.info(f"waiting for another process that builds an index ({path} is locked)")
-                    told += _LOG_SECONDS
-                time.sleep(0.05)
-                waited += 0.05
-            except OSError:
-                break
-        yield held
+    with open_lock(path) as file:
+        waited, told = 0.0, 0.0
+        while (held := try_lock(file)) is False:
+            if waited >= told:
+                logger.info(f"waiting for another process that builds an index ({path} is locked)")
+                told += _LOG_SECONDS
+            time.sleep(0.05)
+            waited += 0.05
+        yield bool(held)
 
 
 def _build(path: str, size: int, key: bytes, index_path: str, clean_up: bool) -> None:
     """Write the index under a name of its own, then rename it: a reader sees all of it or nothing."""
-    prefix = f"{os.path.basename(index_path)}.{socket.gethostname()}."
+    if clean_up:
+        remove_leftovers(index_path)
     folder = os.path.dirname(index_path)
-    if clean_up:  # leftovers of killed processes; another host may not see our lock, so only this host's
-        for leftover in glob.glob(glob.escape(os.path.join(folder, prefix)) + "*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(leftover)
-    handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
+    handle, temporary = tempfile.mkstemp(prefix=temporary_prefix(index_path), suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(bytes(_HEADER.size))

@@ -2,12 +2,9 @@
 all. What a shard is, shards.py says."""
 
 import contextlib
-import fcntl
-import glob
 import itertools
 import json
 import os
-import socket
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -15,6 +12,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from titanlite.data.lock import open_lock, remove_leftovers, temporary_prefix, try_lock
 from titanlite.data.shards import BLOCK_BYTES, Header, Portion
 
 _SPOOL_BYTES = 1 << 24  # of a shard's table; more of it goes to a file without a name
@@ -41,17 +39,11 @@ def shard_lock(folder: str, portion: Portion) -> Iterator[bool | None]:
     """Try to be the one who writes a shard. True: we are. False: another process is. None: the file system knows no
     locks; work may then be done twice, which is not wrong."""
     path = os.path.join(folder, portion.name + ".lock")
-    held: bool | None = True
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = False
-        except OSError:
-            held = None
+    with open_lock(path) as file:
+        held = try_lock(file)
         yield held
         if held is not False:  # the shard is there: whoever gets the lock of an unlinked file finds it
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # that of another user stays
                 os.unlink(path)
 
 
@@ -62,12 +54,10 @@ def write_shard(
 
     clean_up: nobody else is writing it, so what killed processes left is removed.
     """
-    prefix = f"{portion.name}.{socket.gethostname()}."  # another host may not see our lock: only this host's leftovers
+    path = os.path.join(folder, portion.name)
     if clean_up:
-        for leftover in glob.glob(glob.escape(os.path.join(folder, prefix)) + "*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(leftover)
-    handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=folder)
+        remove_leftovers(path)
+    handle, temporary = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as out, _spool(folder) as table, _spool(folder) as bad:
             builder = _Builder(out, table, bad, portion, width)
@@ -81,7 +71,7 @@ def write_shard(
             out.flush()
             os.fsync(out.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from the group that shares the folder
-        os.replace(temporary, os.path.join(folder, portion.name))
+        os.replace(temporary, path)
         _sync(folder)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
