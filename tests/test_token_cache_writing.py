@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import gzip
+import json
 import logging
 import os
 import pickle
@@ -40,6 +41,7 @@ from tests.token_caches import (
     whole,
     write,
     write_corpus,
+    write_jsonl,
 )
 from titanlite.data import cache_job, cache_processes, cache_progress, cache_writer, shard_writer
 from titanlite.data.cache_writer import WritingStopped, write_cache
@@ -480,6 +482,36 @@ def test_a_file_that_changes_meanwhile_is_no_bad_record(
         with pytest.raises((SourceError, ValueError), match=r"a\.jsonl.*changed") as error:
             write_cache(source, ByteTokenizer(), str(corpus / "cache"), num_processes, False)
     assert isinstance(error.value, SourceError) or num_processes  # a process notices when it opens the file
+
+
+class Changing(ByteTokenizer):
+    """Changes a file where no sample lies, while it tokenises the document 5."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def encode_document(self, text: str) -> np.ndarray:
+        if text.startswith("document-005"):
+            with self.path.open("r+b") as file:
+                file.seek(6000)
+                file.write(b"z")
+        return super().encode_document(text)
+
+
+def test_a_shard_of_two_states_of_a_file_is_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [f"document-{i:03d} " + "x" * 2000 for i in range(100)])
+    digest = source_of(tmp_path, "a.jsonl").files[0].digest
+    with small_shards(50_000):
+        source = source_of(tmp_path, "a.jsonl")
+        with pytest.raises(SourceError, match=r"a\.jsonl changed while it was tokenised; start again"):
+            write_cache(source, Changing(path), str(tmp_path / "cache"), 0, True)
+        assert source_of(tmp_path, "a.jsonl").files[0].digest == digest  # another start would have taken the shard
+        assert shard_files(tmp_path) == []
+        tokens = everything(cached(source, tmp_path)).ids
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert np.array_equal(tokens, np.concatenate([ByteTokenizer().encode_document(text) for text in texts]))
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_its_key(corpus: Path) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 
 from titanlite.data.cache_progress import Event
 from titanlite.data.feed import too_many_bad_records
-from titanlite.data.index import cache_folder
+from titanlite.data.files import shown
+from titanlite.data.index import cache_folder, stamp
 from titanlite.data.shard_writer import Tokenised, shard_lock, write_shard
 from titanlite.data.shards import Portion, Shard
 from titanlite.data.source import RecordError, Source, SourceError
@@ -92,6 +93,7 @@ def _tokenise(
     source: Source, tokenizer: DocumentEncoder, portion: Portion, stop_on_bad_record: bool, max_bad_records: int
 ) -> Iterator[Tokenised]:
     nothing, num_bad = np.empty(0, np.int32), 0
+    stamps = {source.files[f].path: stamp(source.files[f].path) for f in portion.files}
     for file, record, text in records(source, portion):
         try:
             if isinstance(text, RecordError):
@@ -106,6 +108,9 @@ def _tokenise(
             yield Tokenised(file, nothing, 0, bad.reason)
         else:
             yield Tokenised(file, ids, num_text_bytes(text))
+    for path, before in stamps.items():  # the samples in a shard's name may not show it: the shard would pass for good
+        if stamp(path) != before:
+            raise SourceError(f"{shown(path)} changed while it was tokenised; start again once it is complete")
 
 
 def too_many(last: RecordError, limit: int) -> ValueError:

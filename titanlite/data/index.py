@@ -134,13 +134,13 @@ def _build(path: str, size: int, key: bytes, index_path: str, clean_up: bool) ->
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(bytes(_HEADER.size))
-            start, before = time.monotonic(), _stamp(path)
+            start, before = time.monotonic(), stamp(path)
             crc, num_records = 0, -1
             for bounds in _scan(path, size):
                 crc = zlib.crc32(bounds.data, crc)
                 num_records += len(bounds)
                 out.write(bounds.data)
-            if _stamp(path) != before:  # the samples in its name may not show it: the index would pass for good
+            if stamp(path) != before:  # the samples in its name may not show it: the index would pass for good
                 raise ValueError(f"{shown(path)} changed while it was indexed; start again once it is complete")
             out.seek(0)
             out.write(_HEADER.pack(_MAGIC, key, size, num_records, _checksum(crc, num_records)))
@@ -155,7 +155,7 @@ def _build(path: str, size: int, key: bytes, index_path: str, clean_up: bool) ->
     logger.info(f"indexed {shown(path)}: {num_records:,} records, {size:,} bytes in {time.monotonic() - start:.1f} s")
 
 
-def _stamp(path: str) -> tuple[int, int, int]:
+def stamp(path: str) -> tuple[int, int, int]:
     """Changes with whatever is written to the file."""
     try:
         status = os.stat(path)
