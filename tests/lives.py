@@ -34,7 +34,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = LONG) -> 
 def forked(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     """A process of its own that runs an importable function, with torch imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.lives", "titanlite.job", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["tests.lives", "titanlite.job", "torch._dynamo"])
     process = context.Process(target=function, args=arguments, daemon=True)
     process.start()
     return process

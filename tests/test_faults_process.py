@@ -149,7 +149,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(job: Lives, fault: Any, pha
     assert (status(job.folder)["state"], status(job.folder)["reason"]) == ("failed", said)
 
 
-def test_a_stopped_process_is_named_and_the_next_start_goes_on(job: Lives, expected: dict[int, str]) -> None:
+def test_a_stopped_process_is_named_and_its_claim_lapses_with_it(job: Lives) -> None:
     """Rank 0, which writes the status else. It is killed at last, as a launcher does, and its claim lapses with it."""
     config = write_config(job.folder, **RUN, comm__train_timeout_seconds=6, checkpoint__interval=4)
     life = job.start(2, config, fault=park)
@@ -163,7 +163,7 @@ def test_a_stopped_process_is_named_and_the_next_start_goes_on(job: Lives, expec
     assert "no sign of life from the process" in status(job.folder)["reason"]
     assert status(job.folder)["reason"] in life.log(1)
     assert "Traceback" not in life.log(1)
-    goes_on(job, config, expected)
+    assert job.start(1, config, "--training.steps=8").wait() == [0]
 
 
 # A rank dies
@@ -182,12 +182,13 @@ def kill_in_step(rank: int) -> None:
     Trainer.train_step = train_step  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_job_that_is_restarted_goes_on_by_itself_as_often_as_a_rank_dies(
-    job: Lives, expected: dict[int, str]
+    times: int, job: Lives, expected: dict[int, str]
 ) -> None:
     """As torchrun --max-restarts does it, with one store for all attempts; the slow test below uses torchrun."""
     config = write_config(job.folder, **RUN, checkpoint__interval=2)
-    for _ in range(3):
+    for _ in range(times):
         life = job.start(2, config, fault=kill_in_step)
         assert life.wait() == [1, -signal.SIGKILL]
         assert f"rank 1 ({os.uname().nodename}, pid {life.processes[1].pid}) in step " in life.log(0)
@@ -200,7 +201,9 @@ def test_a_job_that_is_restarted_goes_on_by_itself_as_often_as_a_rank_dies(
 # A stop is asked for
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=lambda n: n.name
+)
 def test_a_grace_shorter_than_a_save_keeps_the_last_commit(
     number: signal.Signals, job: Lives, expected: dict[int, str]
 ) -> None:
@@ -245,7 +248,7 @@ def slow_reading(rank: int) -> None:
     opening.build_loader = build  # type: ignore[attr-defined]
 
 
-def test_a_stop_before_the_first_step_is_heeded_in_seconds(job: Lives, expected: dict[int, str]) -> None:
+def test_a_stop_before_the_first_step_is_heeded_in_seconds(job: Lives) -> None:
     config = write_config(job.folder, **RUN)
     life = job.start(2, config, "--comm.grace_seconds=2", fault=slow_reading)
     until((job.folder / "opening").exists, "the opening of the data")
@@ -254,7 +257,6 @@ def test_a_stop_before_the_first_step_is_heeded_in_seconds(job: Lives, expected:
     assert (status(job.folder)["state"], status(job.folder)["step"]) == ("preempted", 0)
     assert "SIGUSR1 to rank 1" in status(job.folder)["reason"]
     assert "preparing data" in status(job.folder)["reason"]
-    goes_on(job, config, expected)
 
 
 # Another job takes the folder, or nobody is left to run for

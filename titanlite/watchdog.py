@@ -134,7 +134,7 @@ class Watchdog:
 
     def _who_is_gone(self) -> str:
         period = self._pulses.period
-        fresh = time.monotonic() + period + PULSE_SECONDS  # by then, what was sent before has arrived
+        fresh = time.monotonic() + period + PULSE_SECONDS / 2  # by then, what was sent before has arrived
         before: dict[int, float] = {}
         while self._pulses.connected:
             while self._verdict or self._pulses.heard("verdict"):
@@ -148,7 +148,7 @@ class Watchdog:
                 gone = [rank for rank, pulse in pulses.items() if pulse["time"] == before[rank]]
                 if not gone:
                     return ""
-                if time.monotonic() > fresh + SILENT_SECONDS + period:
+                if time.monotonic() > fresh + max(SILENT_SECONDS, 2 * period):
                     self._blame(gone)
                     return f"{self._pulses.describe(gone)} gives no sign of life any more"
             time.sleep(_TICK_SECONDS)
