@@ -38,7 +38,7 @@ def param_dtype(config: Config, device_type: str) -> torch.dtype:
 
 
 def build_model(config: Config, mesh: Mesh) -> Llama:
-    """The model of this rank: built on meta, parallelised, and not yet given any weights (`init_weights` does)."""
+    """The model of this rank: built on meta, parallelised, and without memory yet (`to_empty` gives it that)."""
     training = config.training
     reduce = training.dtype if training.mixed_precision_reduce == "auto" else training.mixed_precision_reduce
     with torch.device("meta"):
@@ -52,14 +52,14 @@ def build_model(config: Config, mesh: Mesh) -> Llama:
         param_dtype=param_dtype(config, mesh.device.type),
         reduce_dtype=getattr(torch, reduce),
     )
-    model.to_empty(device="cpu" if config.parallelism.enable_cpu_offload else mesh.device)
     return model
 
 
 class Trainer:
     """Model, optimiser and counters of this rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, eos_id: int) -> None:
+    def __init__(self, config: Config, mesh: Mesh, eos_id: int, model: Llama | None = None) -> None:
+        """model: one that `build_model` made and that has memory; else it is made here, with its initial weights."""
         self.config, self.mesh, self.eos_id = config, mesh, eos_id
         self.step = 0
         self.trained_targets = 0
@@ -73,9 +73,12 @@ class Trainer:
             head_dim=head_dim,
             dtype=dtype,
         )
-        check_backend(self.backend, mesh.device, dtype, head_dim)
-        self.model = build_model(config, mesh)
-        init_weights(self.model, lambda name: initial_mean_std(name, config.model), config.training.seed)
+        if model is None:
+            check_backend(self.backend, mesh.device, dtype, head_dim)
+            model = build_model(config, mesh)
+            model.to_empty(device="cpu" if config.parallelism.enable_cpu_offload else mesh.device)
+            init_weights(model, lambda name: initial_mean_std(name, config.model), config.training.seed)
+        self.model = model
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.parameter_device = next(self.model.parameters()).device
         self.guard = NonFiniteGuard(mesh.device, sticky=config.training.on_nonfinite == "stop")
