@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -231,25 +232,85 @@ def test_processes_that_start_at_once_build_once_and_agree(tmp_path: Path, witho
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+BUILD = """
+import logging, sys, time
+from titanlite.data import index
+from titanlite.data.files import content_digest
+
+path, cache, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+scan = index._read_blocks
+
+def slow(*args):
+    for count in scan(*args):
+        yield count
+        print(".", flush=True)
+        time.sleep(seconds)
+
+index._read_blocks = slow
+with open(path, "rb") as file:
+    content = file.read()
+digest = content_digest(lambda number, at: content[at : at + number], len(content))
+index.load_index(path, len(content), digest, cache)
+print("built", flush=True)
+"""
+
+
+def start_a_build(folder: Path, seconds: float) -> "subprocess.Popen[bytes]":
+    """A process that builds the index of a.jsonl, with a pause after each of its blocks."""
+    command = [sys.executable, "-c", BUILD, str(folder / "a.jsonl"), str(folder / "cache"), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+
+
+def write_three_blocks(folder: Path) -> bytes:
+    content = b"".join(b"%d\n" % (i**3) for i in range(200_000))
+    assert 2 << 20 < len(content) < 4 << 20
+    (folder / "a.jsonl").write_bytes(content)
+    return content
+
+
+def test_a_build_that_waits_takes_over_from_the_killed_one(tmp_path: Path) -> None:
+    content = write_three_blocks(tmp_path)
+    first = start_a_build(tmp_path, 600)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b".\n"
+        second = start_a_build(tmp_path, 0)
+        assert second.stdout is not None
+        assert second.stdout.readline().startswith(b"waiting for another process that builds an index")
+    finally:
+        first.kill()
+        first.communicate()
+    assert second.communicate(timeout=30)[0].endswith(b"built\n")
+    assert [p.suffix for p in sorted((tmp_path / "cache").iterdir())] == [".index", ".lock"]
+    assert load(tmp_path / "a.jsonl", tmp_path / "cache").tolist() == naive_bounds(content)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_builds_killed_at_random_moments_leave_nothing_in_the_way(tmp_path: Path, seed: int) -> None:
+    content, draw = write_three_blocks(tmp_path), random.Random(seed)
+    (tmp_path / "cache").mkdir()
+    for _ in range(10):
+        builds = [start_a_build(tmp_path, 0.05) for _ in range(3)]
+        time.sleep(draw.uniform(0.1, 0.8))  # also before numpy is there, and after the end
+        for build in draw.sample(builds, draw.randint(1, 3)):
+            build.kill()
+        outputs = [build.communicate(timeout=60)[0] for build in builds]
+        killed = [build.returncode != 0 for build in builds]
+        assert all(out.endswith(b"built\n") for out, dead in zip(outputs, killed, strict=True) if not dead)
+        last = start_a_build(tmp_path, 0)
+        assert last.communicate(timeout=30)[0].endswith(b"built\n")
+        names = sorted((tmp_path / "cache").iterdir())
+        assert [p.suffix for p in names] == [".index", ".lock"]
+        assert load(tmp_path / "a.jsonl", tmp_path / "cache").tolist() == naive_bounds(content)
+        for name in names:
+            name.unlink()
+
+
 def test_killed_build_leaves_no_index_and_the_next_one_cleans_up(tmp_path: Path) -> None:
-    content = b"".join(b"%d\n" % (i**3) for i in range(300_000))
-    (tmp_path / "a.jsonl").write_bytes(content)
-    code = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from tests.test_data_index import index, load\n"
-        "scan = index._read_blocks\n"
-        "def slow(*args):\n"
-        "    for count in scan(*args):\n"
-        "        yield count\n"
-        "        print('.', flush=True)\n"
-        "        time.sleep(600)\n"
-        "index._read_blocks = slow\n"
-        "load(Path(sys.argv[1]), Path(sys.argv[2]))\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "a.jsonl"), str(tmp_path / "cache")]
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root)
+    content = write_three_blocks(tmp_path)
+    process = start_a_build(tmp_path, 600)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b".\n"
