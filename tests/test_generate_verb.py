@@ -25,8 +25,7 @@ from titanlite.config import load_config
 from titanlite.generate import main
 from titanlite.model import Llama
 from titanlite.parallel.mesh import build_mesh
-from titanlite.pretrained import _config as config_of
-from titanlite.pretrained import load_model
+from titanlite.pretrained import config_of, load_model
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer
 

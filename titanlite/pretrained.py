@@ -50,12 +50,12 @@ def load_model(
         found: list[Any] = [None]
         with agreed():
             if dist.get_rank() == 0:
-                found = [_newest(checkpoint, refused)]
+                found = [newest_checkpoint(checkpoint, refused)]
         dist.broadcast_object_list(found, src=0)
         path, meta = found[0]
         with agreed():
-            config = _config(path, meta)
-            tokenizer = _tokenizer(path, meta, config, tokenizer_path)
+            config = config_of(path, meta)
+            tokenizer = tokenizer_of(path, meta, config, tokenizer_path)
             model = _empty_model(config, mesh)
         weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
         try:
@@ -67,7 +67,7 @@ def load_model(
         return Pretrained(model.requires_grad_(False), config, tokenizer, path)
 
 
-def _newest(checkpoint: str, refused: dict[str, str]) -> tuple[str, dict[str, Any]]:
+def newest_checkpoint(checkpoint: str, refused: dict[str, str]) -> tuple[str, dict[str, Any]]:
     """The newest checkpoint that is meant and not refused, and its manifest's meta."""
     if not os.path.isdir(checkpoint):
         raise CheckpointError(f"{checkpoint}: no such folder: name a checkpoint (RUN/checkpoint/step-N) or a run")
@@ -87,7 +87,7 @@ def _refuse(path: str, reason: str, refused: dict[str, str]) -> None:
     logger.warning("checkpoint %s is damaged and passed over: %s", path, reason)
 
 
-def _config(path: str, meta: dict[str, Any]) -> Config:
+def config_of(path: str, meta: dict[str, Any]) -> Config:
     """The config in a checkpoint's meta. Keys that this version does not know are left out, but not of the model."""
     tables: dict[str, dict[str, Any]] = {}
     try:
@@ -102,7 +102,8 @@ def _config(path: str, meta: dict[str, Any]) -> Config:
     return from_tables(tables)
 
 
-def _tokenizer(path: str, meta: dict[str, Any], config: Config, tokenizer_path: str | None) -> Tokenizer:
+def tokenizer_of(path: str, meta: dict[str, Any], config: Config, tokenizer_path: str | None) -> Tokenizer:
+    """That of the config, or in `tokenizer_path`. Raises ValueError where it is not the one of the training."""
     try:
         tokenizer = Tokenizer.load(tokenizer_path or config.tokenizer.path)
     except ValueError as error:

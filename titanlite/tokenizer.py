@@ -55,6 +55,7 @@ class _Encoding(threading.local):
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int], file: Path) -> None:
         self._arguments = ranks, pattern, special_tokens, file
+        self.ranks = ranks
         try:
             self.tiktoken = tiktoken.Encoding(
                 "titanlite", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
@@ -147,6 +148,10 @@ class Tokenizer:
             return self._encoding.tiktoken.decode_bytes(np.asarray(ids).tolist())
         except (KeyError, OverflowError) as error:
             raise ValueError(f"cannot decode: the vocabulary lacks an id ({error})") from error
+
+    def ranks(self) -> Mapping[bytes, int]:
+        """Rank, which is the id, of every token of ordinary text."""
+        return self._encoding.ranks
 
     def unused_ids(self) -> list[int]:
         """Ids below vocab_size that stand for nothing: gaps between the special ids."""

@@ -1,14 +1,15 @@
-"""Distributed checkpoints that are complete or do not count. `audit_checkpoint` and `read_manifest` need no process
-group."""
+"""Distributed checkpoints that are complete or do not count. `Checkpointer` alone needs a process group."""
 
 from titanlite.checkpoint.audit import Audit, audit_checkpoint
 from titanlite.checkpoint.checkpointer import Checkpointer
 from titanlite.checkpoint.folder import CheckpointError, DamagedCheckpoint, LostFolder, list_steps, read_manifest
+from titanlite.checkpoint.single import CheckpointReader, write_checkpoint
 from titanlite.checkpoint.start import decide_start
 
 __all__ = [
     "Audit",
     "CheckpointError",
+    "CheckpointReader",
     "Checkpointer",
     "DamagedCheckpoint",
     "LostFolder",
@@ -16,4 +17,5 @@ __all__ = [
     "decide_start",
     "list_steps",
     "read_manifest",
+    "write_checkpoint",
 ]

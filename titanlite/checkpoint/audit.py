@@ -4,17 +4,15 @@ Reads every byte and every tensor and goes on after a problem, so that one call 
 the numbers are worth.
 """
 
-import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from titanlite.checkpoint.folder import MANIFEST, CheckpointError, check_file, read_manifest, step_name
-from titanlite.checkpoint.tensors import read_metadata
+from titanlite.checkpoint.tensors import read_chunk, read_metadata
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def _unreadable_tensors(
             file = os.path.join(path, place.relative_path)
             expected = list(chunk.sizes), entry.properties.dtype
             try:
-                tensor = _read(file, place.offset, place.length)
+                tensor = read_chunk(file, place.offset, place.length)
                 found = list(tensor.shape), tensor.dtype
             except Exception as error:  # torch.load raises whatever it likes
                 first_line = str(error).partition("\n")[0]
@@ -89,12 +87,3 @@ def _unreadable_tensors(
                     problems.append(f"{file}: {key} at byte {place.offset} is {found}, .metadata says {expected}")
             advance(place.length)
     return problems
-
-
-def _read(file: str, offset: int, length: int) -> torch.Tensor:
-    with open(file, "rb") as stream:
-        stream.seek(offset)
-        tensor = torch.load(io.BytesIO(stream.read(length)), map_location="cpu", weights_only=True)
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"it is no tensor but a {type(tensor).__name__}")
-    return tensor

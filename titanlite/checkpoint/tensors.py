@@ -11,6 +11,7 @@ import os
 import pickle
 import time
 import uuid
+import warnings
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -102,10 +103,16 @@ class _ChecksumFileSystem(FileSystem):
 
 
 class _Writer(dcp.FileSystemWriter):
-    def __init__(self, path: str, staged: bool) -> None:
+    def __init__(self, path: str, staged: bool, single_file_per_rank: bool = True) -> None:
         # Copy-ahead overlaps device copies with writing; of staged tensors it would only synchronise training's stream.
         # DCP's own fsync comes before the buffer's last bytes are written, and those are often all of .metadata.
-        super().__init__(path, sync_files=False, overwrite=False, per_thread_copy_ahead=0 if staged else 10_000_000)
+        super().__init__(
+            path,
+            single_file_per_rank=single_file_per_rank,
+            sync_files=False,
+            overwrite=False,
+            per_thread_copy_ahead=0 if staged else 10_000_000,
+        )
         self.written: dict[str, _ChecksumFile] = {}
         self.fs = _ChecksumFileSystem(self.written)
         self.began = time.perf_counter()
@@ -199,6 +206,38 @@ def write(
     return Written(files, writer.plan_seconds, writer.write_seconds)
 
 
+class _OneByOne(dcp.DefaultSavePlanner):
+    """Plans from shapes, and asks for a tensor when its turn to be written comes."""
+
+    def __init__(self, load: Callable[[str], torch.Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._load = load
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._load(index.fqn)
+
+
+def write_one_by_one(
+    path: str, shapes: dict[str, torch.Tensor], load: Callable[[str], torch.Tensor]
+) -> dict[str, dict[str, Any]]:
+    """Write the tensors that `load` gives into folder `path`, from one process and without a group; their files.
+
+    shapes: tensors on meta, which say what `load` will give. Two are in memory at a time: DCP holds those of a file
+    until the next one, and each has a file of its own. Raises the OSError of a failed write.
+    """
+    writer = _Writer(path, staged=True, single_file_per_rank=False)
+    try:
+        with _no_second_checksum(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which no_dist asks for
+            dcp.save(shapes, storage_writer=writer, planner=_OneByOne(load), no_dist=True)
+    except dcp.CheckpointException as failure:
+        for file in writer.written.values():
+            if file.error:
+                raise file.error from failure
+        raise failure.failures[0][0] from failure
+    return {name: {"size": f.size, "crc32": f"{f.crc32:08x}"} for name, f in writer.written.items()}
+
+
 def read(path: str, metadata: Metadata, tensors: dict[str, torch.Tensor], group: dist.ProcessGroup) -> None:
     """Fill `tensors` in place from folder `path`, each rank its own shards. A rank raises only its own error."""
     planner: LoadPlanner = _TensorsOnly(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -225,6 +264,16 @@ def read_metadata(path: str, files: dict[str, dict[str, Any]]) -> Metadata:
         raise DamagedCheckpoint(f"{file}: {error}") from error
     assert isinstance(metadata, Metadata)
     return metadata
+
+
+def read_chunk(file: str, offset: int, length: int) -> torch.Tensor:
+    """The tensor in these bytes of a file; nothing else is unpickled. Raises what torch.load raises."""
+    with open(file, "rb") as stream:
+        stream.seek(offset)
+        tensor = torch.load(io.BytesIO(stream.read(length)), map_location="cpu", weights_only=True)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"it is no tensor but a {type(tensor).__name__}")
+    return tensor
 
 
 def _check(metadata: Metadata, files: dict[str, dict[str, Any]]) -> None:
