@@ -34,11 +34,25 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"config", "log", "model"},
 }
 # Each may import all rooms and the ones before it.
-ASSEMBLY = ["trainer", "report", "membership", "opening", "job", "pretrained", "generation", "isolation", "invariance"]
+ASSEMBLY = [
+    "trainer",
+    "report",
+    "membership",
+    "opening",
+    "generation",
+    "validation",
+    "job",
+    "pretrained",
+    "huggingface",
+    "isolation",
+    "invariance",
+]
 for i, name in enumerate(ASSEMBLY):
     ROOMS[name] = {*ROOMS, *ASSEMBLY[:i]} - {name}
 ASSEMBLY.append("inspection")  # it takes the whole config and, of the rooms, only those that need no torch
 ROOMS["inspection"] = {"config", "log", "tokenizer", "data"}
+ROOMS["planning"] = {*ROOMS, *ASSEMBLY}
+ASSEMBLY.append("planning")
 
 # What is private in torch and used all the same: (file, name) -> why there is no public way.
 PRIVATE = {
@@ -51,6 +65,9 @@ PRIVATE = {
     ("parallel/mesh.py", "_set_pg_timeout"): "no public call changes the timeout of a group that exists",
     ("watchdog.py", "_current_frames"): "where another thread stands; the one interface, and a documented one",
     ("watchdog.py", "_exit"): "ends a process whose main thread hangs; documented",
+    ("planning/meter.py", "_subclasses"): "FakeTensor lives there and nowhere else",
+    ("planning/meter.py", "_python_dispatch"): "TorchDispatchMode lives there and nowhere else, and is documented",
+    ("planning/step.py", "_subclasses"): "as FakeTensor",
     ("profiling.py", "_record_memory_history"): "the only interface, and the documented one",
     ("profiling.py", "_dump_snapshot"): "as above",
 }

@@ -28,6 +28,7 @@ from titanlite.report import Report
 from titanlite.run_folder import RunFolder
 from titanlite.runtime import PeerLost, RunFailed, agree, agreed, describe_environment, write_json
 from titanlite.trainer import StepResult, Trainer
+from titanlite.validation import open_validation
 from titanlite.watchdog import Watchdog
 
 
@@ -136,12 +137,14 @@ class Job:
             self.checkpointer.load(checkpoint.init_from, weights, prefix="model.")
         self._phase("opening the logs")
         self._open_logs(meta.get("skipped_steps", 0))
+        self._validate()  # the last process may have left it
 
     def _open_data(self, meta: dict[str, Any]) -> None:
         self._membership.prepare()
         cursor = meta.get("cursor")
         self.tokenizer, self.loader = open_data(self.config, self.mesh, self.folder, cursor, self.watchdog)
         self._stack.callback(self.loader.close)
+        self._validation = open_validation(self.config, self.mesh, self.tokenizer, self.loader.opened, self.watchdog)
         self._membership.start()
         self._phase("comparing data")
         compare_data(self.tokenizer, self.loader.corpus)
@@ -239,12 +242,21 @@ class Job:
             self.profiling.step()
         except OSError as error:
             self._problem = f"the logs of step {number} cannot be written: {error}"
+        self._validate()
         if number % config.checkpoint.interval == 0:
             self._tolerate(self.save)
         if not self._warm:
             self._membership.train()
             self.watchdog.started()
             self._warm = True
+
+    def _validate(self, at_end: bool = False) -> bool:
+        """Where it is due; False where a stop was asked for meanwhile."""
+        try:
+            return self._validation is None or self._validation.run(self.trainer, self.report, at_end=at_end)
+        except OSError as error:
+            self._problem = f"the validation of step {self.trainer.step} cannot be written: {error}"
+            return True
 
     def save(self) -> None:
         """Save a checkpoint of the step that was finished last, once."""
@@ -288,6 +300,8 @@ class Job:
 
     def finish(self) -> None:
         """The end of a run that is finished or preempted: save, wait until it is on disk, say so."""
+        if self._ending == "finished" and not self._validate(at_end=True):
+            self._ending = "preempted"
         self._phase("ending", at_least=SAVING_SECONDS)
         agree(self._problem)
         state = self._ending

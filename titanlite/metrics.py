@@ -19,6 +19,11 @@ TensorBoard tags, over the optimiser step (the names in metrics.jsonl are the sa
     * bad_records                 left out so far
     * padding_fraction            share of the tokens of all rows so far that are pads; see data.packing
     * cut_fraction                share of the documents so far that a row could hold and that lie in two
+    validation_loss               nats per target token of the validation set: the sum over all of it / its targets
+    perplexity                    exp(validation_loss)
+    bits_per_byte                 that sum / ln 2 / UTF-8 bytes of the text that its targets stand for (an eos is a
+                                  target and stands for none): what text costs, whatever the tokenizer
+    validation_seconds            time that the validation took
     * source/NAME/...             of each source: epoch, as a fraction, and the counts of its ledger (data/stream.py):
                                   tokens_read = targets + document_first + carried + dropped; padding, bytes, ...
 """
@@ -31,7 +36,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -74,6 +79,8 @@ class RunLog(AbstractContextManager["RunLog"]):
         folder.mkdir(parents=True, exist_ok=True)
         self._total_steps = total_steps
         self._stack = ExitStack()
+        self.validated_step = _last_validated(folder / "metrics.jsonl", start_step)
+        """The last one, up to start_step, that the log has a validation of; 0: none."""
         self._metrics = self._stack.enter_context(_open_after(folder / "metrics.jsonl", start_step))
         self._cursors = self._stack.enter_context(_open_after(folder / "cursor.jsonl", start_step))
         self._tensorboard = None
@@ -98,6 +105,21 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._metrics.write(_json_line(asdict(metrics)))
         numbers = {k: v for k, v in asdict(metrics).items() if isinstance(v, int | float) and k != "step"}
         self.scalars(metrics.step, **numbers, **scalars)
+
+    def validated(self, line: str, record: Mapping[str, Any]) -> None:
+        """Console, metrics.jsonl and TensorBoard; record: the step first, then what was found."""
+        logger.info(line)
+        self._metrics.write(_json_line(record))
+        numbers = {k: v for k, v in record.items() if isinstance(v, float)}
+        self.scalars(record["step"], **numbers)
+
+    def samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """TensorBoard only: continuations by prompt."""
+        if self._tensorboard is not None:
+            for number, (prompt, text) in enumerate(texts.items(), 1):
+                lines = f"**{prompt}**{text}".splitlines()  # Markdown; four spaces are a text as it stands
+                self._tensorboard.add_text(f"sample/{number}", "\n".join(f"    {line}" for line in lines), step)
+            self._tensorboard.flush()
 
     def scalars(self, step: int, **values: float) -> None:
         """TensorBoard only: values that belong to a step, such as the checkpoint_seconds of a save after it."""
@@ -148,6 +170,16 @@ def _open_after(path: Path, start_step: int) -> TextIO:
             os.fsync(new.fileno())
         os.replace(temporary, path)
     return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def _last_validated(path: Path, start_step: int) -> int:
+    steps = [0]
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            if b'"validation_loss"' in line:
+                with suppress(ValueError, KeyError, TypeError):
+                    steps.append(json.loads(line)["step"])
+    return max(step for step in steps if step <= start_step)
 
 
 def _wait_for_a_new_second(folder: Path) -> None:

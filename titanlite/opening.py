@@ -1,7 +1,8 @@
 """Opening what a job reads, the tokenizer and the stream of rows, so that all ranks read the same or none goes on."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -11,7 +12,10 @@ import torch.distributed as dist
 
 from titanlite.config import Config
 from titanlite.data.cache_writer import WritingStopped, available_cores
+from titanlite.data.corpus import Corpus, open_corpus
 from titanlite.data.loader import Loader, build_loader
+from titanlite.data.validation_set import ValidationSet, build_validation_set, validation_sources
+from titanlite.log import logger
 from titanlite.metrics import peak_flops
 from titanlite.model import flops_per_token
 from titanlite.parallel.mesh import Mesh
@@ -28,13 +32,8 @@ def open_data(
     Raises RunFailed, on all ranks, for what any of them cannot read. A stop while a cache is written ends all ranks.
     """
     with agreed():
-        tokenizer = Tokenizer.load(config.tokenizer.path)
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} ids of the"
-                f" tokenizer in tokenizer.path = {config.tokenizer.path!r}: raise model.vocab_size"
-            )
-        try:
+        tokenizer = load_tokenizer(config)
+        with _stoppable(watchdog):
             loader = build_loader(
                 config.data,
                 tokenizer,
@@ -49,10 +48,57 @@ def open_data(
                 tokenizing_share=_tokenizing_share(config, mesh.device.type),
                 stop=lambda: bool(watchdog.stop_asked),
             )
-        except WritingStopped as stopped:  # nothing is to be saved yet, and others may be in the midst of reading
-            watchdog.end(0, "preempted", f"{watchdog.stop_asked}: {stopped}")
-            Event().wait()
     return tokenizer, loader
+
+
+def open_validation_set(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer, corpus: Corpus | None, watchdog: Watchdog
+) -> ValidationSet:
+    """This rank's share of the set. Collective; raises RunFailed, on all ranks, for what any of them cannot read, and
+    where they read different sets. corpus: the training's where it is open."""
+    training = config.training
+
+    def stop() -> bool:
+        return bool(watchdog.stop_asked)
+
+    with agreed(), _stoppable(watchdog):
+        if corpus is None and not config.validation.paths:
+            corpus = open_corpus(config.data, tokenizer, seq_len=training.seq_len, seed=training.seed, stop=stop)
+        sources = validation_sources(config.validation, config.data, tokenizer, corpus, stop)
+        found = build_validation_set(
+            sources,
+            config.data,
+            tokenizer,
+            seq_len=training.seq_len,
+            # As in training, so that compiled blocks are not compiled again for another shape.
+            batch_size=min(training.local_batch_size, max(1, training.global_batch_size // mesh.dp_degree)),
+            dp_rank=mesh.dp_rank,
+            dp_degree=mesh.dp_degree,
+        )
+    agree_on({"the validation set": f"{found}"})
+    logger.info("validation: %s", found)
+    return found
+
+
+@contextmanager
+def _stoppable(watchdog: Watchdog) -> Iterator[None]:
+    """Where a cache is written, which may be stopped."""
+    try:
+        yield
+    except WritingStopped as stopped:  # nothing is to be saved yet, and others may be in the midst of reading
+        watchdog.end(0, "preempted", f"{watchdog.stop_asked}: {stopped}")
+        Event().wait()
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """Raises ValueError where the model has no row for some id."""
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} ids of the"
+            f" tokenizer in tokenizer.path = {config.tokenizer.path!r}: raise model.vocab_size"
+        )
+    return tokenizer
 
 
 def compare_data(tokenizer: Tokenizer, corpus: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,13 @@ class Report:
                     enable_tensorboard=config.metrics.enable_tensorboard,
                 )
             )
+
+        self.sampled_step = trainer.step
+        """The last step with samples, or the one that this process goes on from."""
+        last = [self._run_log.validated_step if self._run_log is not None else 0]
+        dist.broadcast_object_list(last, src=0)
+        self.validated_step = last[0]
+        """The last step whose validation the log has, 0: none; the same on every rank."""
 
     def __enter__(self) -> "Report":
         return self
@@ -128,6 +136,18 @@ class Report:
             )
         logger.warning("%s; updates left out so far: %d", what, skipped)
         return skipped
+
+    def validated(self, line: str, record: Mapping[str, Any]) -> None:
+        """Raises OSError, on rank 0, where its files cannot be written; so does `samples`."""
+        self.validated_step = record["step"]
+        if self._run_log is not None:
+            self._run_log.validated(line, record)
+
+    def samples(self, texts: Mapping[str, str]) -> None:
+        """Continuations by prompt, of the model as it is now."""
+        self.sampled_step = self._trainer.step
+        if self._run_log is not None:
+            self._run_log.samples(self._trainer.step, texts)
 
     def saved(self, seconds: float) -> None:
         """A save held training up for so long."""

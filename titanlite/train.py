@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
     status = read_json(Path(config.job.dump_folder) / "status.json")
     done = status.get("state") == "finished" and status["step"] >= config.training.steps
-    if done and config.checkpoint.load_step < 0:
+    if done and not config.validation.only and config.checkpoint.load_step < 0:
         logger.info(
             "the run in %s is finished at step %d: nothing to do (raise training.steps to go on, or name another"
             " job.dump_folder)",
@@ -43,10 +43,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from titanlite.checkpoint import CheckpointError
     from titanlite.job import Job
+    from titanlite.validation import validate_checkpoint
 
     try:
-        with Job(config, watchdog) as job:
-            train(job, config)
+        if config.validation.only:
+            validate_checkpoint(config, watchdog)
+        else:
+            with Job(config, watchdog) as job:
+                train(job, config)
     except PeerLost as error:
         logger.error("%s", error)
         return 1

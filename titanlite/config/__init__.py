@@ -22,6 +22,7 @@ from titanlite.config.sections import (
     SourceConfig,
     TokenizerConfig,
     TrainingConfig,
+    ValidationConfig,
     source_configs,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "SourceConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "ValidationConfig",
     "check",
     "diff",
     "dump_toml",

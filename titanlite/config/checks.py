@@ -24,7 +24,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         " model.rope_original_max_seq_len data.shuffle_block training.steps training.seq_len training.local_batch_size"
         " training.global_batch_size training.max_skipped_steps parallelism.data_parallel_replicate_degree"
         " parallelism.tensor_parallel_degree checkpoint.interval metrics.log_freq profiling.profile_freq"
-        " comm.init_timeout_seconds comm.train_timeout_seconds",
+        " comm.init_timeout_seconds comm.train_timeout_seconds validation.freq validation.sample_freq"
+        " validation.sample_tokens",
     ),
     (
         "-1, or from 1 to 2147483647",
@@ -35,7 +36,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "from 0 to 2147483647",
         lambda v: 0 <= v < LIMIT,
         "data.max_epochs data.sources.NAME.max_epochs data.max_bad_records data.num_workers data.prefetch"
-        " lr_scheduler.warmup_steps checkpoint.keep_latest_k comm.grace_seconds",
+        " lr_scheduler.warmup_steps checkpoint.keep_latest_k comm.grace_seconds validation.max_documents",
     ),
     ("from 0 to 9223372036854775807", lambda v: 0 <= v < 2**63, "training.seed"),
     (
@@ -49,8 +50,18 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("at least 1", lambda v: v >= 1, "model.rope_scaling_factor"),
     ("from 0 to 1", lambda v: 0 <= v <= 1, "lr_scheduler.decay_ratio lr_scheduler.lr_min"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "data.held_out_fraction optimizer.beta1 optimizer.beta2"),
-    ("not empty", bool, "job.dump_folder tokenizer.path data.text_field data.sources.NAME.text_field compile.backend"),
-    ("without empty strings", all, "data.paths data.exclude data.sources.NAME.paths data.sources.NAME.exclude"),
+    (
+        "not empty",
+        bool,
+        "job.dump_folder tokenizer.path data.text_field data.sources.NAME.text_field compile.backend"
+        " validation.text_field",
+    ),
+    (
+        "without empty strings",
+        all,
+        "data.paths data.exclude data.sources.NAME.paths data.sources.NAME.exclude validation.paths validation.exclude"
+        " validation.sample_prompts",
+    ),
 ]
 
 
@@ -70,7 +81,7 @@ def check(config: Config, world_size: int | None, doubtful: Set[str] = frozenset
                     tables[table][key] = SCHEMA[section][key].default  # a stand-in: the rules below divide by it
     config = from_tables(tables)
     doubtful = doubtful | out_of_range.keys()
-    rules = (_paths, _model, _training, _schedule, _data, _sources, _checkpoint)
+    rules = (_paths, _model, _training, _schedule, _data, _sources, _checkpoint, _validation)
     together = [problem for rule in rules for problem in rule(config)] + list(check_degrees(config, world_size))
     return [*out_of_range.values(), *(p for p in together if not _speaks_of(p, doubtful))]
 
@@ -230,6 +241,29 @@ def _checkpoint(config: Config) -> Iterator[str]:
         yield (
             f"checkpoint.load_step = {c.load_step} lies beyond training.steps = {steps}: use an earlier step, or raise"
             " training.steps"
+        )
+
+
+def _validation(config: Config) -> Iterator[str]:
+    v, tp = config.validation, config.parallelism.tensor_parallel_degree
+    if not v.paths:
+        if (v.enable or v.only) and not config.data.held_out_fraction:
+            yield (
+                f"validation.{'only' if v.only else 'enable'} = true, and there is nothing to validate on: name files"
+                " in validation.paths, or keep a share of the documents out of training (data.held_out_fraction = 0.01)"
+            )
+        for key in ("exclude", "format", "text_field"):
+            if (value := getattr(v, key)) != SCHEMA["validation"][key].default:
+                yield _no_effect(f"validation.{key}", value, "validation.paths = []", "paths")
+    elif v.format == "text" and v.text_field != "text":
+        yield _no_effect(
+            "validation.text_field", v.text_field, 'validation.format = "text"', 'format = "auto", "jsonl" or "parquet"'
+        )
+    if v.enable and v.sample_prompts and tp > 1:
+        yield (
+            f"validation.sample_prompts with parallelism.tensor_parallel_degree = {tp}: training splits the sequence"
+            " over tensor-parallel ranks, and a sample grows by one token at a time; remove the prompts, and continue"
+            " them from a checkpoint by python -m titanlite.generate"
         )
 
 

@@ -1,12 +1,12 @@
-"""The text of `--help`: every key with its type, its default and the docstring that stands below it in sections.py."""
+"""The text of `--help`: every key with its type, its default and the docstring that stands below it."""
 
 import ast
 import itertools
 import shutil
+import sys
 import textwrap
 from pathlib import Path
 
-from titanlite.config import sections
 from titanlite.config.dump import toml_value
 from titanlite.config.schema import SCHEMA, SECTIONS, SOURCE, type_name
 
@@ -36,9 +36,10 @@ def help_text() -> str:
 
 
 def field_docs() -> dict[tuple[str, str], str]:
-    """The docstring below each field of sections.py, by table and key. Python drops them, so the source is read."""
-    tree = ast.parse(Path(sections.__file__).read_text(encoding="utf-8"))
-    classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+    """The docstring below each field of a section, by table and key. Python drops them, so the source is read."""
+    files = {str(sys.modules[table_type.__module__].__file__) for table_type in SECTIONS.values()}
+    trees = [ast.parse(Path(file).read_text(encoding="utf-8")) for file in files]
+    classes = {node.name: node.body for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     docs: dict[tuple[str, str], str] = {}
     for table, table_type in SECTIONS.items():
         for field, below in itertools.pairwise(classes[table_type.__name__]):

@@ -158,6 +158,8 @@ class _Binder:
             self.doubtful.update(nearest)
             return
         try:
+            if value is None and name == "validation.only":  # no setting but something to do: its name says it
+                value = "true"
             if value is None:
                 raise ValueError(f"needs a value: {dashes}{name} {type_name(field)}")
             if name in COMMAND_LINE_ONLY and not dashes:

@@ -32,6 +32,8 @@ COMMAND_LINE_ONLY = {  # key -> what is said of it in a file
     "job.config_file": "has no effect in a file: remove it",
     "checkpoint.load_step": "in a file would turn every later start back: remove it, and give"
     " --checkpoint.load_step to the one start that it is meant for",
+    "validation.only": "in a file would keep every start from training: remove it, and give --validation.only to the"
+    " one start that it is meant for",
 }
 
 NAMES: dict[object, tuple[str, str]] = {  # what --help and what an error message calls a type

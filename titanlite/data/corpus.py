@@ -25,6 +25,7 @@ from titanlite.data.token_cache import CachedReader, open_cache
 from titanlite.log import logger
 
 _MAX_TOKENIZING_SHARE = 0.3  # of the host's cores
+_MAX_DECODING = 8.0  # bytes of row groups per byte read: more of them would take a third of the time of tokenising
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ def open_corpus(
     for name in weights:
         config = source_configs(data)[name]
         texts[name] = source = open_source(name, config, data.cache_dir)
-        reader = _open_reader(source, data, tokenizer, tokenizing_share, stop)
+        reader = open_reader(source, data, tokenizer, tokenizing_share, stop)
         sources[name] = _stream_source(source, reader, data, config, seed)
         manifests[name] = _manifest(source, reader, config)
         _describe(name, config.paths, manifests[name])
@@ -165,14 +166,16 @@ def _manifest(source: Source, reader: Reader, config: SourceConfig) -> dict[str,
     }
 
 
-def _open_reader(
+def open_reader(
     source: Source, data: DataConfig, tokenizer: DocumentEncoder, tokenizing_share: float, stop: Callable[[], bool]
 ) -> Reader:
+    """The reader that suits the source; where that is of a token cache, it is written first. As open_corpus."""
     if data.reader == "streamed" and not source.random_access:
         raise ValueError(
             f'data.reader = "streamed": source {source.name!r} has compressed or otherwise sequential files, whose'
             ' documents cannot be read in a shuffled order: use "auto" or "cached"'
         )
+    decoding = source.decoding(data.shuffle_block if data.shuffle else 0) if source.random_access else 1.0
     if data.reader != "streamed":
         cached = open_cache(source, tokenizer.fingerprint, data.cache_dir)
         if cached is not None:
@@ -184,6 +187,8 @@ def _open_reader(
             why = "its documents have no random access"
         elif tokenizing_share > _MAX_TOKENIZING_SHARE:
             why = f"tokenising while training would take about {tokenizing_share:.0%} of the cores"
+        elif decoding > _MAX_DECODING:
+            why = f"in shuffle blocks of {data.shuffle_block} documents, row groups are decoded {decoding:.0f} times"
         if why:
             logger.info(f"source {source.name!r}: writing a token cache ({why})")
             num_processes = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -192,6 +197,12 @@ def _open_reader(
             cached = open_cache(source, tokenizer.fingerprint, data.cache_dir)
             assert cached is not None, "the cache is not what was just written"
             return cached
+    elif decoding > _MAX_DECODING:
+        logger.warning(
+            f"source {source.name!r} will be read slowly: in shuffle blocks of data.shuffle_block ="
+            f" {data.shuffle_block} documents, row groups are decoded about {decoding:.0f} times; a smaller block or"
+            ' data.reader = "auto" mends it'
+        )
     return StreamedReader(source, tokenizer.encode_document)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from titanlite.config.sections import DataConfig
-from titanlite.data.corpus import open_corpus, open_rows
+from titanlite.data.corpus import Corpus, open_corpus, open_rows
 from titanlite.data.feed import Threads
 from titanlite.data.packing import fingerprint_part, row_digest
 from titanlite.data.rows import RowStream, total
@@ -61,8 +61,9 @@ class Loader:
     for a file that changed, ValueError for a corpus without a single token.
     """
 
-    def __init__(self, make: Callable[[], Batch], corpus: dict[str, Any], prefetch: int, pools: list[Threads]) -> None:
-        self.corpus = corpus
+    def __init__(self, make: Callable[[], Batch], opened: Corpus, prefetch: int, pools: list[Threads]) -> None:
+        self.opened = opened
+        self.corpus = opened.manifest
         """Manifest of the corpus: digest, counts, and the same for each source."""
         self._make, self._prefetch = make, prefetch
         self._maker = Threads(1, _same_device()) if prefetch else None
@@ -144,7 +145,7 @@ def build_loader(
         raise
     return Loader(
         lambda: _make_batch(stream, first, pin_memory),
-        corpus.manifest,
+        corpus,
         data.prefetch,
         [threads] if threads else [],
     )

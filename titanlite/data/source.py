@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from titanlite.data.formats import (
     reason,
     stream_lines,
 )
-from titanlite.data.parquet import Parquet, RowGroups
+from titanlite.data.parquet import Parquet, RowGroups, decoding
 
 _OPEN_FILES = 128  # files kept open, each with its index
 _OPEN_SHARE = 64  # they are at most 1 in so many of the files that the process may open: it may have many sources
@@ -73,6 +73,16 @@ class Numbering:
         return files, documents - self._first[files]
 
 
+class _Facts(NamedTuple):
+    """What is kept of a file that is not open."""
+
+    num_records: int
+    random_access: bool
+    """Whether each record can be read by itself."""
+    groups: np.ndarray
+    """Of a parquet file, as there."""
+
+
 class Source:
     """The documents of a list of files. Threads may share it.
 
@@ -91,13 +101,14 @@ class Source:
         parquet = [f for f, file in enumerate(files) if file.kind == "parquet"]
         facts = dict(zip(parquet, in_threads(self._facts, parquet), strict=True))
         compressed = any(file.kind in ("jsonl.gz", "jsonl.zst") for file in files)
-        self.random_access = not compressed and all(random_access for _, random_access in facts.values())
+        self.random_access = not compressed and all(file_facts.random_access for file_facts in facts.values())
         self.numbering: Numbering | None = None
         """None without random access: how many documents there are is not known then."""
         if self.random_access:
             facts |= {f: self._facts(f) for f, file in enumerate(files) if file.kind == "jsonl"}
-            counts = [facts[f][0] if f in facts else 1 for f in range(len(files))]
+            counts = [facts[f].num_records if f in facts else 1 for f in range(len(files))]
             self.numbering = Numbering(np.array(counts, np.int64))
+        self._groups = {f: facts[f].groups for f in parquet}
         self._file_size = np.array([file.size for file in files], np.int64)
         self._has_records = np.array([file.kind in ("jsonl", "parquet") for file in files], bool)
 
@@ -146,6 +157,18 @@ class Source:
             here = files == f
             sizes[here] = self._open(f).sizes(records[here])
         return sizes
+
+    def decoding(self, shuffle_block: int) -> float:
+        """Bytes of parquet row groups to decode per byte that is read, in shuffled blocks of so many documents (0: in
+        their order); 1 where there are none. Needs random access."""
+        if not shuffle_block or not self._groups:
+            return 1.0
+        assert self.numbering is not None
+        starts = [
+            self.numbering.first(f) + np.cumsum(groups[:, 0]) - groups[:, 0] for f, groups in self._groups.items()
+        ]
+        groups, first = np.concatenate([*self._groups.values()]), np.concatenate(starts)
+        return decoding(groups, first, self.numbering.num_documents, shuffle_block)
 
     def locate(self, file: int, record: int) -> str:
         """A document's place for people: its file, for jsonl with the line (from 1), for parquet the row (from 0)."""
@@ -217,17 +240,18 @@ class Source:
             Parquet(file, self.text_field, self._row_groups) if file.kind == "parquet" else Jsonl(file, self._cache_dir)
         )
 
-    def _facts(self, f: int) -> tuple[int, bool]:
-        """Records of a file, and whether each can be read by itself."""
+    def _facts(self, f: int) -> _Facts:
         with self._at_start(f):
             opened = self._open(f)
-        return opened.num_records, not isinstance(opened, Parquet) or opened.random_access
+        if isinstance(opened, Parquet):
+            return _Facts(opened.num_records, opened.random_access, opened.groups)
+        return _Facts(opened.num_records, True, np.empty((0, 2), np.int64))
 
 
-def open_source(name: str, source: SourceConfig, cache_dir: str) -> Source:
-    """The documents that a section names: [data], or [data.sources.NAME]. Raises ValueError, in one line with the fix,
-    for anything that cannot be read."""
-    key = "data" if name == "data" else f"data.sources.{name}"
+def open_source(name: str, source: SourceConfig, cache_dir: str, key: str = "") -> Source:
+    """The documents that a section names: [data], or [data.sources.NAME], or `key`. Raises ValueError, in one line with
+    the fix, for anything that cannot be read."""
+    key = key or ("data" if name == "data" else f"data.sources.{name}")
     opened = Source(name, find_files(source, key), source.text_field, cache_dir, key)
     if opened.numbering is not None and not opened.numbering.num_documents:
         raise ValueError(f"{key}.paths = {list(source.paths)}: the corpus is empty, its files hold no record")

@@ -1,0 +1,291 @@
+"""Validation: the loss on documents that are not trained on, and what the model makes of some prompts meanwhile.
+
+Owns when it is due, the pass over the set, the definition of its numbers, and `--validation.only`. The set, the same
+each time and on every layout, is data/validation_set.py's; mask, backend and model are training's. Touches neither the
+training stream nor a random generator, and leaves the model as it was: training with it is training without it, bit by
+bit.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
+
+from titanlite.checkpoint import Checkpointer, CheckpointError, DamagedCheckpoint, list_steps
+from titanlite.config import Config
+from titanlite.data.corpus import Corpus
+from titanlite.data.validation_set import ValidationSet
+from titanlite.generation.decode import generate
+from titanlite.generation.text import encode_prompts
+from titanlite.log import logger
+from titanlite.membership import SAVING_SECONDS, Membership
+from titanlite.model import Llama, build_documents, check_backend, labels, resolve_backend
+from titanlite.opening import load_tokenizer, open_validation_set
+from titanlite.parallel.mesh import Mesh
+from titanlite.report import Report
+from titanlite.runtime import PeerLost, RunFailed, agreed
+from titanlite.tokenizer import Tokenizer
+from titanlite.trainer import Trainer, build_model, param_dtype
+from titanlite.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of metrics.jsonl, beside that of the step."""
+
+    step: int
+    tokens: int
+    """Target tokens trained by then."""
+    validation_loss: float
+    """Sum of the loss over all targets of the set / their number, in nats; an eos is a target like any other."""
+    perplexity: float
+    bits_per_byte: float
+    """That sum in bits / ValidationSet.num_bytes: the length of the texts, compressed by the model, over theirs."""
+    validation_targets: int
+    validation_set: str
+    validation_seconds: float
+
+    @property
+    def numbers(self) -> str:
+        return (
+            f"validation loss {self.validation_loss:.4f}  perplexity {self.perplexity:.2f}"
+            f"  bits per byte {self.bits_per_byte:.4f}  ({self.validation_seconds:.1f} s)"
+        )
+
+
+def result(nats: float, of: ValidationSet, step: int, tokens: int, seconds: float) -> Result:
+    """From the sum of the loss over all targets of a set."""
+    loss = nats / of.num_targets
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    bits_per_byte = nats / math.log(2) / of.num_bytes if of.num_bytes else math.nan
+    return Result(step, tokens, loss, perplexity, bits_per_byte, of.num_targets, of.digest, seconds)
+
+
+@torch.no_grad()
+def sum_of_losses(
+    model: Llama, rows: Tensor, mesh: Mesh, eos_id: int, backend: str, goes_on: Callable[[], bool]
+) -> float | None:
+    """The loss summed over all targets of all ranks' rows [passes, B, seq_len + 1], in nats. Collective.
+
+    All ranks have equally many passes. None as soon as `goes_on`, asked before each of them, says no, on all ranks.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    hidden_bar = True if dist.get_rank() else None
+    try:
+        for batch in tqdm(rows, desc="validating", unit="pass", delay=2, leave=False, disable=hidden_bar):
+            if not goes_on():
+                return None
+            batch = batch.to(mesh.device, torch.int64)
+            tokens = batch[:, :-1]
+            hidden = model(tokens, build_documents(tokens, eos_id, backend))
+            total += model.output(hidden, labels(batch, eos_id))
+    finally:
+        reshard(model)
+    dist.all_reduce(total)
+    return total.item() / mesh.tp.size()  # tensor-parallel peers hold the same loss
+
+
+def reshard(model: Llama) -> None:
+    """After a forward pass without a backward: what FSDP2 keeps gathered for that would stand where shards belong."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+class Polling:
+    """Whether to go on, asked before each pass: not once any rank is asked to stop. Collective, all get the same."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+
+    def __call__(self) -> bool:
+        self._watchdog.mark("validating")
+        stop = torch.tensor(int(bool(self._watchdog.stop_asked)))
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        return not stop.item()
+
+
+def open_validation(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer, corpus: Corpus, watchdog: Watchdog
+) -> "Validation | None":
+    """None where the config wants none. Collective; raises RunFailed. corpus: of the training."""
+    if not config.validation.enable:
+        return None
+    held = open_validation_set(config, mesh, tokenizer, corpus, watchdog)
+    with agreed():
+        return Validation(config, mesh, tokenizer, held, Polling(watchdog))
+
+
+class Validation:
+    """The validation of a run."""
+
+    def __init__(
+        self, config: Config, mesh: Mesh, tokenizer: Tokenizer, held: ValidationSet, goes_on: Callable[[], bool]
+    ) -> None:
+        """Raises ValueError for prompts that cannot be continued. Not collective; goes_on is, see `sum_of_losses`."""
+        self._config, self._mesh, self._tokenizer, self._set = config.validation, mesh, tokenizer, held
+        self._goes_on = goes_on
+        self._steps, self._rows = config.training.steps, torch.from_numpy(held.rows)
+        self._prompts = encode_prompts(self._config.sample_prompts, tokenizer)
+        longest = max(map(len, self._prompts), default=0) + self._config.sample_tokens
+        if self._prompts and longest > config.training.seq_len:
+            raise ValueError(
+                f"validation.sample_tokens = {self._config.sample_tokens} and the longest of validation.sample_prompts"
+                f" make {longest} tokens, more than training.seq_len = {config.training.seq_len}: shorten one of them"
+            )
+
+    def run(self, trainer: Trainer, report: Report, *, at_end: bool = False) -> bool:
+        """Validate, and sample, where that is due after the trainer's step. Collective. False where the validation was
+        left because `goes_on` says no: it stays due.
+
+        Raises OSError, on rank 0, where the logs cannot be written.
+        """
+        with report.throughput.paused():
+            return self._run(trainer, report, at_end)
+
+    def _run(self, trainer: Trainer, report: Report, at_end: bool) -> bool:
+        step, config = trainer.step, self._config
+        due = at_end or step == self._steps or step % config.freq == 0
+        if due and 0 < step != report.validated_step:
+            began = time.perf_counter()
+            eos_id = self._tokenizer.eos_id
+            nats = sum_of_losses(trainer.model, self._rows, self._mesh, eos_id, trainer.backend, self._goes_on)
+            if nats is None:
+                logger.warning("the validation of step %d is left; the next start makes up for it", step)
+                return False
+            found = result(nats, self._set, step, trainer.trained_targets, time.perf_counter() - began)
+            report.validated(f"step {step:>{len(str(self._steps))}}/{self._steps}  {found.numbers}", asdict(found))
+        if self._prompts and step % config.sample_freq == 0 and step != report.sampled_step:
+            report.samples(self._continuations(trainer.model))
+        return True
+
+    def _continuations(self, model: Llama) -> dict[str, str]:
+        """What the model adds to each prompt, always the most probable token. Collective."""
+        unused, vocab_size = self._tokenizer.unused_ids(), self._tokenizer.vocab_size
+
+        def choose(logits: Tensor) -> list[int]:
+            logits = logits[:, :vocab_size].float()
+            logits[:, unused] = -torch.inf
+            ids: list[int] = logits.argmax(-1).tolist()
+            return ids
+
+        made: list[list[int]] = [[] for _ in self._prompts]
+        eos_id = self._tokenizer.eos_id
+        # Compiled blocks would be compiled again for every length.
+        with torch.compiler.set_stance("force_eager"):
+            for tokens in generate(
+                model,
+                self._prompts,
+                max_new_tokens=self._config.sample_tokens,
+                eos_id=eos_id,
+                choose=choose,
+                device=self._mesh.device,
+            ):
+                for ids, token in zip(made, tokens, strict=True):
+                    ids += [token] if token not in (None, eos_id) else []
+                if not self._goes_on():
+                    break
+        reshard(model)
+        texts = map(self._tokenizer.decode, made)
+        return dict(zip(self._config.sample_prompts, texts, strict=True))
+
+
+def validate_checkpoint(config: Config, watchdog: Watchdog) -> None:
+    """--validation.only: validate the checkpoint that is meant, and print the result. Collective.
+
+    Raises RunFailed or CheckpointError, the same on all ranks, or PeerLost.
+    """
+    membership = Membership(config, watchdog)
+    try:
+        _validate_checkpoint(config, membership, watchdog)
+    except (RunFailed, CheckpointError):
+        membership.leave()
+        watchdog.close()
+        raise
+    except BaseException as error:
+        if gone := watchdog.explain(error):
+            raise PeerLost(gone) from error
+        raise
+    membership.leave()
+    watchdog.close()
+
+
+def _validate_checkpoint(config: Config, membership: Membership, watchdog: Watchdog) -> None:
+    mesh = membership.mesh
+    membership.prepare()
+    with agreed():
+        tokenizer = load_tokenizer(config)
+    held = open_validation_set(config, mesh, tokenizer, None, watchdog)
+    membership.start()
+    watchdog.mark("building the model")
+    with agreed():
+        dtype, head_dim = param_dtype(config, mesh.device.type), config.model.dim // config.model.n_heads
+        backend = resolve_backend(
+            config.model.attention,
+            device_type=mesh.device.type,
+            seq_len=config.training.seq_len,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+        check_backend(backend, mesh.device, dtype, head_dim)
+        model = build_model(config, mesh)
+        model.to_empty(device="cpu" if config.parallelism.enable_cpu_offload else mesh.device)
+    watchdog.mark("loading", at_least=SAVING_SECONDS)
+    path, step, tokens = _load(model, config, tokenizer)
+    goes_on = Polling(watchdog)
+    began = time.perf_counter()
+    nats = sum_of_losses(model, torch.from_numpy(held.rows), mesh, tokenizer.eos_id, backend, goes_on)
+    if nats is None:
+        raise RunFailed(f"{watchdog.stop_asked or 'another rank was signalled'}: the validation was left")
+    found = result(nats, held, step, tokens, time.perf_counter() - began)
+    if dist.get_rank() == 0:
+        print(f"{path}: step {step}  {found.numbers}", flush=True)
+
+
+def _load(model: Llama, config: Config, tokenizer: Tokenizer) -> tuple[str, int, int]:
+    """Fill the model from the newest checkpoint that is right, and leave the others as they are. Its folder, step and
+    number of trained target tokens."""
+    folder, wanted = str(Path(config.job.dump_folder) / "checkpoint"), config.checkpoint.load_step
+    paths = [path for step, path in reversed(list_steps(folder).items()) if wanted in (-1, step)]
+    if not paths and wanted == -1 and config.checkpoint.init_from:
+        paths = [config.checkpoint.init_from]
+    everyone: list[list[str]] = [paths]
+    dist.broadcast_object_list(everyone, src=0)
+    checkpointer = Checkpointer(folder, keep_latest_k=0, async_save=False)
+    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    refused: list[str] = []
+    for path in everyone[0]:
+        try:
+            checkpointer.load(path, weights, prefix="model.")
+        except DamagedCheckpoint as error:
+            logger.warning("checkpoint %s is damaged and passed over: %s", path, error)
+            refused.append(f"{error}")
+            continue
+        with agreed():
+            meta = checkpointer.read_meta(path)
+            _refuse_other_documents(path, meta.get("cursor", {}).get("stream", {}), config, tokenizer)
+        return path, meta.get("step", 0), meta.get("trained_targets", 0)
+    raise RunFailed(
+        f"validation.only: {folder} has no valid checkpoint"
+        + f" of checkpoint.load_step = {wanted}" * (wanted >= 0)
+        + (f" ({'; '.join(refused)})" if refused else "")
+    )
+
+
+def _refuse_other_documents(path: str, stream: dict[str, object], config: Config, tokenizer: Tokenizer) -> None:
+    """stream: what defined the token stream of the training; unknown of imported weights."""
+    if stream.get("tokenizer", tokenizer.fingerprint[:32]) != tokenizer.fingerprint[:32]:
+        raise ValueError(f"{path} was trained with another tokenizer than that in {config.tokenizer.path!r}")
+    share = config.data.held_out_fraction
+    if not config.validation.paths and stream.get("held_out_fraction", share) != share:
+        raise ValueError(
+            f"{path} was trained with data.held_out_fraction = {stream['held_out_fraction']} and not {share}: other"
+            " documents were held out then, so set it as it was"
+        )
