@@ -160,6 +160,17 @@ def test_of_jobs_that_start_at_one_moment_one_gets_the_folder(held: Holder, tmp_
             job.process.join()
 
 
+def test_without_locks_a_job_looks_twice_before_it_takes_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one has found it free at the same moment, and writes later."""
+    other = f"node9 pid 17 machine another token {'0' * 16} beat {1:010d}\n"
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setattr(time, "sleep", lambda seconds: (tmp_path / ".claim").write_text(other))
+    with pytest.raises(InUse, match="taken over by another job .node9 pid 17."):
+        Claim(tmp_path)
+
+
 @both
 def test_an_owner_that_was_taken_over_hears_of_it_and_leaves_the_file_alone(held: Holder, tmp_path: Path) -> None:
     """It was suspended for longer than a claim lasts."""

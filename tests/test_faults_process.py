@@ -166,6 +166,17 @@ def test_a_stopped_process_is_named_and_its_claim_lapses_with_it(job: Lives) -> 
     assert job.start(1, config, "--training.steps=8").wait() == [0]
 
 
+def test_a_stopped_process_is_found_also_where_nothing_has_a_limit(job: Lives) -> None:
+    """Rank 0 builds an index or a cache, for hours; the other waits for it, and is stopped."""
+    life = job.start(2, write_config(job.folder, **RUN, comm__init_timeout_seconds=6), fault=slow_reading)
+    until((job.folder / "opening").exists, "the opening of the data")
+    life.send(1, signal.SIGSTOP)
+    assert life.wait(0) == [1]
+    life.send(1, signal.SIGKILL)
+    assert f"rank 1 ({os.uname().nodename}, pid {life.processes[1].pid}) in step 0, " in life.log(0)
+    assert "no sign of life from the process" in status(job.folder)["reason"]
+
+
 # A rank dies
 
 

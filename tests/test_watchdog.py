@@ -103,7 +103,7 @@ def test_a_job_of_one_rank_that_stands_still_ends_in_time_and_shows_where() -> N
 
 def test_a_suspended_process_is_not_taken_for_one_that_hangs() -> None:
     """Ctrl-Z for longer than the timeout, then fg."""
-    process = watched("time.sleep(3)\ndog.mark('done')\ndog.close()\nprint('done', flush=True)")
+    process = watched("time.sleep(8)\ndog.mark('done')\ndog.close()\nprint('done', flush=True)")
     assert process.stdout is not None
     assert process.stdout.readline() == "marked\n"
     process.send_signal(signal.SIGSTOP)

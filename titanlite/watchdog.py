@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _TICK_SECONDS = 0.25
-_LONGEST_TICK_SECONDS = 5.0  # of a longer one this much counts: the process was suspended
+_LONGEST_TICK_SECONDS = 2.0  # of a longer one this much counts: the process was suspended
 _SETTLE_SECONDS = 1.0  # from a verdict to the end: the others hear of it, the last words are written
 _STARTING_SECONDS = 10.0  # that a stop during the start waits for the main thread: nothing is lost there
 _ENDING_SECONDS = 10.0  # that a process with an error may take to end: a thread of it may wait for a dead rank
@@ -204,7 +204,7 @@ class Watchdog:
         behind = [rank for rank, pulse in pulses.items() if pulse["marks"] == min(marks) < max(marks)]
         busy = [rank for rank, pulse in pulses.items() if not pulse["waits"]]
         if silent := self._pulses.silent():
-            ranks, why = silent, "no sign of life from the process"
+            ranks, why = silent, "no sign of life from the process since then"
         elif behind:
             ranks, why = behind, "the others have passed this and wait"
         elif 0 < len(busy) < len(pulses):
