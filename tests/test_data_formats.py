@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import os
 import random
 import shutil
@@ -13,8 +14,9 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +25,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.loaders import batches, build
 from tests.test_data_source import HOSTILE
-from titanlite.config.sections import SourceConfig
+from titanlite.config.sections import DataConfig, SourceConfig
 from titanlite.data import parquet
 from titanlite.data import source as source_module
 from titanlite.data.files import find_files
+from titanlite.data.order import DocumentOrder
 from titanlite.data.source import RecordError, Source, SourceError, open_source
 
 try:
@@ -464,6 +468,45 @@ def test_decoded_row_groups_are_few_and_shared_by_threads(monkeypatch: pytest.Mo
     decoded.clear()
     assert by_number(opened("a.parquet")) == texts
     assert decoded == list(range(20))  # a group alone is kept whatever its size
+
+
+@pytest.mark.parametrize("block", [0, 1, 5, 20, 100, 400, 5000])
+def test_how_often_row_groups_are_decoded_is_known_before_they_are(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{i:04}" * 250 for i in range(2000)]
+    for i, name in enumerate(("a", "c")):  # 100 row groups of 10 KB each, a jsonl file between them
+        part = texts[1000 * i : 1000 * (i + 1)]
+        write_parquet(f"{name}.parquet", part, row_group_size=10, use_dictionary=False, compression="none")
+    Path("b.jsonl").write_bytes(jsonl(["x"] * 100))
+    monkeypatch.setattr(parquet, "_KEPT_BYTES", 45_000)  # four groups
+    source = opened("*")
+    decode, decoded = parquet.Parquet._decode, []
+    monkeypatch.setattr(parquet.Parquet, "_decode", lambda *args: decoded.append(args[1]) or decode(*args))
+    assert source.numbering is not None
+    order = DocumentOrder(source.numbering.num_documents, 0, block)
+    for document in order.documents(np.arange(source.numbering.num_documents)).tolist():
+        source.read(document)
+    assert source.decoding(block) == pytest.approx(len(decoded) / 200, rel=0.2)
+
+
+@pytest.mark.parametrize("reader", ["auto", "streamed"])
+def test_row_groups_that_would_be_decoded_often_are_tokenised_ahead_or_warned_of(
+    reader: Literal["auto", "streamed"], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_parquet("a.parquet", [f"{i:04}" * 250 for i in range(1000)], row_group_size=10, use_dictionary=False)
+    monkeypatch.setattr(parquet, "_KEPT_BYTES", 45_000)
+    caplog.set_level(logging.INFO, logger="titanlite")
+    data = DataConfig(paths=("a.parquet",), cache_dir="cache", reader=reader, shuffle_block=400)
+    batches(replace(data, shuffle=False), 1)  # in their order: once each
+    assert "row groups are decoded" not in caplog.text
+    made = build(data)
+    manifest = made.corpus["sources"]["data"]
+    made.close()
+    if reader == "auto":
+        assert manifest["reader"] == "cached"
+        assert "token cache (in shuffle blocks of 400 documents, row groups are decoded 9 times)" in caplog.text
+    else:
+        assert manifest["reader"] == "streamed"
+        assert "will be read slowly: in shuffle blocks of data.shuffle_block = 400 documents, row groups" in caplog.text
 
 
 def test_text_that_repeats_is_decoded_once() -> None:

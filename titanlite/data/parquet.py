@@ -17,6 +17,7 @@ from titanlite.data.formats import OpenFile, SectionError, required_module
 _RANDOM_ACCESS_BYTES = 64 << 20  # of a row group's column: to read one document, all of it is decoded
 _KEPT_BYTES = 128 << 20  # decoded row groups of a source
 _BATCH_BYTES = 4 << 20  # decoded at once when read in order
+_SAMPLED_BLOCKS = 1024
 
 
 class RowGroups:
@@ -76,6 +77,8 @@ class Parquet(OpenFile):
         if rows.sum() != plain.metadata.num_rows or any(rows != [column.num_values for column in columns]):
             raise OSError("a damaged parquet file: the numbers of rows in its footer contradict each other")
         self._first = np.concatenate(([0], np.cumsum(rows)))
+        self.groups = np.stack([rows, column_bytes], axis=1)
+        """Records and bytes of each row group's column, int64 [groups, 2]."""
         self._row_bytes = column_bytes // np.maximum(rows, 1)
         self.num_records = int(self._first[-1])
         self.random_access = bool((column_bytes <= _RANDOM_ACCESS_BYTES).all())
@@ -144,6 +147,27 @@ class Parquet(OpenFile):
     def _raise(self, error: Exception, group: int) -> NoReturn:
         self.check()
         raise OSError(f"row group {group} is damaged: {_line(error)}") from error
+
+
+def decoding(groups: np.ndarray, first: np.ndarray, num_documents: int, shuffle_block: int) -> float:
+    """Bytes of row groups that have to be decoded per byte that is read, in blocks of documents that are shuffled.
+
+    groups: as of Parquet, of all files. first: number in the source of the first document of each, int64 [groups]. At
+    least 1; estimated from some blocks. Where the row groups of a block are more than are kept, a document's is likely
+    to be gone when its turn comes.
+    """
+    behind = first + groups[:, 0]
+    before = np.concatenate(([0], np.cumsum(groups[:, 1])))
+    num_blocks = -(-num_documents // shuffle_block)
+    begin = np.unique(np.linspace(0, num_blocks - 1, min(num_blocks, _SAMPLED_BLOCKS)).astype(np.int64)) * shuffle_block
+    end = np.minimum(begin + shuffle_block, num_documents)
+    low, high = np.searchsorted(behind, begin, side="right"), np.searchsorted(first, end)
+    touched, num_groups = before[high] - before[low], np.maximum(high - low, 1)
+    missing = np.maximum(0, 1 - _KEPT_BYTES / np.maximum(touched, 1)) * (end - begin)
+    decoded = np.maximum(touched, missing * (touched / num_groups))
+    edges, bytes_at = np.stack([first, behind], axis=1).ravel(), np.stack([before[:-1], before[1:]], axis=1).ravel()
+    read = np.interp(end, edges, bytes_at) - np.interp(begin, edges, bytes_at)
+    return float(max(1.0, decoded.sum() / max(1.0, read.sum())))
 
 
 def _check_column(schema: Any, types: Any, file: SourceFile, text_field: str) -> None:
