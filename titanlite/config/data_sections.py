@@ -53,7 +53,8 @@ class DataConfig:
     """Number of records that on_bad_record = "skip" may leave out before the run stops; 0: no limit."""
     reader: Literal["auto", "streamed", "cached"] = "auto"
     """streamed: tokenise while training. cached: read a token cache, written first where there is none. auto: cached
-    where a cache is there or the format needs one, else streamed. All of them give the same rows."""
+    where a cache is there, the format needs one, or tokenising would take too many cores or decode the row groups of
+    parquet over and over; else streamed. All of them give the same rows."""
     num_workers: int = 1
     """Threads per rank that read and tokenise; 0: in the thread that assembles batches."""
     prefetch: int = 2
