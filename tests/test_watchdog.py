@@ -79,6 +79,7 @@ from titanlite.watchdog import Watchdog
 dog = Watchdog()
 dog.set_timeout(6, "comm.train_timeout_seconds")
 dog.mark("working", 7)
+time.sleep(1)  # some ticks of the watchdog
 print("marked", flush=True)
 {rest}
 """
