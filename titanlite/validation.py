@@ -64,7 +64,7 @@ def result(nats: float, of: ValidationSet, step: int, tokens: int, seconds: floa
     """From the sum of the loss over all targets of a set."""
     loss = nats / of.num_targets
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    bits_per_byte = nats / math.log(2) / of.num_bytes if of.num_bytes else math.nan
+    bits_per_byte = nats / math.log(2) / of.num_bytes
     return Result(step, tokens, loss, perplexity, bits_per_byte, of.num_targets, of.digest, seconds)
 
 
@@ -131,7 +131,7 @@ class Validation:
     ) -> None:
         """Raises ValueError for prompts that cannot be continued. Not collective; goes_on is, see `sum_of_losses`."""
         self._config, self._mesh, self._tokenizer, self._set = config.validation, mesh, tokenizer, held
-        self._goes_on = goes_on
+        self._goes_on, self._left = goes_on, False
         self._steps, self._rows = config.training.steps, torch.from_numpy(held.rows)
         self._prompts = encode_prompts(self._config.sample_prompts, tokenizer)
         longest = max(map(len, self._prompts), default=0) + self._config.sample_tokens
@@ -153,12 +153,15 @@ class Validation:
     def _run(self, trainer: Trainer, report: Report, at_end: bool) -> bool:
         step, config = trainer.step, self._config
         due = at_end or step == self._steps or step % config.freq == 0
+        if self._left:
+            return False
         if due and 0 < step != report.validated_step:
             began = time.perf_counter()
             eos_id = self._tokenizer.eos_id
             nats = sum_of_losses(trainer.model, self._rows, self._mesh, eos_id, trainer.backend, self._goes_on)
             if nats is None:
                 logger.warning("the validation of step %d is left; the next start makes up for it", step)
+                self._left = True
                 return False
             found = result(nats, self._set, step, trainer.trained_targets, time.perf_counter() - began)
             report.validated(f"step {step:>{len(str(self._steps))}}/{self._steps}  {found.numbers}", asdict(found))

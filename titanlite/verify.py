@@ -19,8 +19,9 @@ checkpoint   Read every byte and every tensor of the checkpoints in DIR (a step'
              run's folder) and name each file that is damaged, missing or unknown. Needs no GPU, no model and no run.
 isolation    On the data and the model of a run, put noise in the place of every document but one (then of every second
              one) and show that no bit of what stays is another: positions, logits, loss terms and gradients, in
-             training with every attention backend that can run here, and in generation, where prompts of different
-             lengths share a batch with a KV cache. Takes the options of titanlite.train.
+             training with every attention backend that can run here, in validation where that is enabled, and in
+             generation, where prompts of different lengths share a batch with a KV cache. Takes the options of
+             titanlite.train.
 data         Read every document of a run's data once and print what there is, what an epoch and the training make of
              it (a ledger of every token), and bad records by file and line. Then make N steps (default: 8; the first,
              the last, one in each epoch, random ones) again document by document, from text and token cache, and show
@@ -123,7 +124,7 @@ def isolation(argv: list[str]) -> bool:
             print(f"{found.path:<10} {backend:<15} {dtype:<9} not run: {found.not_run}", flush=True)
             continue
         counts = (f"{n:,}" for n in (found.num_documents, found.num_tokens, found.num_replaced))
-        missing = "not compared: no backward pass here" if batch.starts is None else "-"
+        missing = "not compared: no backward pass here" if batch.trains else "-"
         said = {True: "same", False: "DIFFER", None: missing}
         verdicts = (said[found.identical.get(kind)] for kind in kinds)
         print(table.format(found.path, backend, dtype, *counts, *verdicts).rstrip(), flush=True)

@@ -137,8 +137,9 @@ def build_validation_set(
             threads.join(5.0)
     if data.max_bad_records and ledger.bad_records > data.max_bad_records:
         raise too_many_bad_records(data.max_bad_records)
-    if not ledger.targets:
-        raise ValueError(f"none of the {num_documents:,} documents to validate on holds any text")
+    num_bytes = ledger.bytes - _bytes_of_firsts(np.array(firsts, np.int64), tokenizer)
+    if not num_bytes:
+        raise ValueError(f"none of the {num_documents:,} documents to validate on holds any text to predict")
     passes = -(-num_rows // (batch_size * dp_degree))
     rows += [np.full(seq_len + 1, tokenizer.eos_id, np.int32)] * (passes * batch_size - len(rows))
     return ValidationSet(
@@ -146,7 +147,7 @@ def build_validation_set(
         num_rows,
         ledger.document_first,
         ledger.targets,
-        ledger.bytes - _bytes_of_firsts(np.array(firsts, np.int64), tokenizer),
+        num_bytes,
         digest.hexdigest(),
     )
 

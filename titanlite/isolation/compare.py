@@ -95,7 +95,8 @@ def compare(config: Config, device: torch.device) -> Iterator[tuple[MicroBatch, 
 
 
 def _compare(model: Llama, batch: MicroBatch, comparison: Comparison, eos_id: int, forward_only: bool) -> None:
-    device, trains = model.output.weight.device, batch.starts is None
+    device, by_eos = model.output.weight.device, batch.starts is None
+    forward_only = forward_only or not batch.trains
     rows = batch.rows.to(device)
     num_targets = int((labels(rows, eos_id) != IGNORE_INDEX).sum())
     for kept in batch.comparisons:
@@ -103,9 +104,9 @@ def _compare(model: Llama, batch: MicroBatch, comparison: Comparison, eos_id: in
             run = partial(measure, model, kept, eos_id, comparison.backend, num_targets, forward_only)
         else:
             run = partial(measure_generation, model, kept, batch.starts.to(device))
-        noise = noisy(batch.rows, kept, eos_id if trains else -1, model.config.vocab_size)
+        noise = noisy(batch.rows, kept, eos_id if by_eos else -1, model.config.vocab_size)
         exact = run(rows)
-        wanted = demanded(exact, kept, model, rows.shape[1] - trains)
+        wanted = demanded(exact, kept, model, rows.shape[1] - by_eos)
         for kind, difference in differences(wanted, run(noise.to(device))).items():
             comparison.identical[kind] = comparison.identical.get(kind, True) and not difference
             if difference and not comparison.difference:

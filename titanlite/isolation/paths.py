@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from titanlite.config import Config
+from titanlite.data.corpus import open_corpus
 from titanlite.data.feed import EndOfData
 from titanlite.data.loader import build_loader
+from titanlite.data.validation_set import build_validation_set, validation_sources
 from titanlite.generation.decode import right_align
 from titanlite.model import check_rule
 from titanlite.tokenizer import Tokenizer
@@ -62,6 +64,8 @@ class MicroBatch:
     comparisons: list[Kept]
     starts: Tensor | None = None
     """Where generation begins documents, by their lengths; None where that is read from eos."""
+    trains: bool = True
+    """Whether there is a backward pass."""
 
 
 def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
@@ -102,6 +106,29 @@ def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
     return best
 
 
+def validation_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
+    """As training_rows, of the validation set; without a comparison where no row of that holds two documents."""
+    training, data = config.training, config.data
+    corpus = open_corpus(data, tokenizer, seq_len=training.seq_len, seed=training.seed)
+    held = build_validation_set(
+        validation_sources(config.validation, data, tokenizer, corpus),
+        data,
+        tokenizer,
+        seq_len=training.seq_len,
+        batch_size=min(training.local_batch_size, training.global_batch_size),
+        dp_rank=0,
+        dp_degree=1,
+    )
+    best = MicroBatch("", torch.empty(0), [], trains=False)
+    for number, part in enumerate(held.rows[: -(-_SEARCHED_ROWS // held.rows.shape[1])], 1):
+        rows = torch.from_numpy(part).long()
+        comparisons = choose_documents(rows, tokenizer)
+        if len(comparisons) > len(best.comparisons):
+            size = f"{len(rows)} rows of {training.seq_len:,} tokens"
+            best = MicroBatch(f"pass {number} over set {held.digest}, {size}", rows, comparisons, trains=False)
+    return best
+
+
 def generation_rows(training: MicroBatch, vocab_size: int) -> MicroBatch:
     """Prompts of different lengths from the same documents, as generation lays them out: right-aligned.
 
@@ -125,13 +152,17 @@ def generation_rows(training: MicroBatch, vocab_size: int) -> MicroBatch:
     ]
     tokens = noisy(tokens, Kept("", pieces), -1, vocab_size)
     size = f"{count} prompts of {len(prompts[0]):,} to {longest:,} tokens"
-    return MicroBatch(f"{size} from the same documents, the last {NUM_DECODED} one by one", tokens, comparisons, starts)
+    return MicroBatch(
+        f"{size} from the same documents, the last {NUM_DECODED} one by one", tokens, comparisons, starts, trains=False
+    )
 
 
 def prepare(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[str, MicroBatch]]:
     """Every path that prepares batches, by name."""
     training = training_rows(config, tokenizer)
     yield "training", training
+    if config.validation.enable and (validation := validation_rows(config, tokenizer)).comparisons:
+        yield "validation", validation
     yield "generation", generation_rows(training, config.model.vocab_size)
 
 
