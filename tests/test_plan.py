@@ -61,8 +61,9 @@ def test_large_models_take_less_than_a_minute(size: str, capsys: pytest.CaptureF
         print(f"{size} on {world_size:,} ranks: {seconds:.1f} CPU seconds")
     assert seconds < LAPTOP_SECONDS
     assert facts["model"]["parameters"] == parameters
-    # Norms are whole on tp peers, so a rank has a little more than its share.
-    assert facts["bytes_per_rank"]["parameters"] == pytest.approx(4 * parameters / world_size, rel=1e-3)
+    # More than its share: norms are whole on tp peers, and the first of 2,048 ranks has 4 of 6,656 rows of w1, not 3.25.
+    share = 4 * parameters / world_size
+    assert share < facts["bytes_per_rank"]["parameters"] < 1.3 * share
     assert facts["bytes_per_rank"]["by_activation_checkpoint"]["full"]["peak"] < 80e9
 
 
@@ -101,7 +102,7 @@ def test_tables_say_what_json_says(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(arguments) == 0
     told = capsys.readouterr().out
     lines = {line.strip().split("  ")[0]: line for line in told.splitlines()}
-    assert f"{facts['model']['parameters']:,}" in lines["parameters"]
+    assert f"  {facts['model']['parameters_without_embedding']:,}" in lines["without the embedding"]
     assert "4 = dp_replicate 1 x dp_shard 4 x tp 1" in lines["ranks"]
     assert [mode for mode in ("none", "selective", "full (configured)") if mode not in lines] == []
     peak = facts["bytes_per_rank"]["by_activation_checkpoint"]["full"]["peak"]
