@@ -61,7 +61,7 @@ def test_large_models_take_less_than_a_minute(size: str, capsys: pytest.CaptureF
         print(f"{size} on {world_size:,} ranks: {seconds:.1f} CPU seconds")
     assert seconds < LAPTOP_SECONDS
     assert facts["model"]["parameters"] == parameters
-    # More than its share: norms are whole on tp peers, and the first of 2,048 ranks has 4 of 6,656 rows of w1, not 3.25.
+    # Norms are whole on tp peers; and the first of 2,048 ranks has 4 of 6,656 rows of w1, where the mean is 3.25.
     share = 4 * parameters / world_size
     assert share < facts["bytes_per_rank"]["parameters"] < 1.3 * share
     assert facts["bytes_per_rank"]["by_activation_checkpoint"]["full"]["peak"] < 80e9
