@@ -40,6 +40,8 @@ def join(rank: int, port: int, log: str, timeout_seconds: int) -> None:
     except OSError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(1)
+    print("joined", file=sys.stderr, flush=True)
+    until(Path(log).with_name("all joined").exists, "the other ranks")  # rank 0 serves the store
     os._exit(0)
 
 
@@ -52,6 +54,8 @@ def test_a_late_rank_is_named_while_the_others_wait_and_does_no_harm(late: int, 
     for rank in started:
         until(lambda rank=rank: logs[rank].exists() and logs[rank].read_text().count(awaited) >= 2, awaited)
     started[late] = forked(join, late, port, str(logs[late]), 300)
+    until(lambda: all(log.exists() and "joined" in log.read_text() for log in logs), "three ranks")
+    (tmp_path / "all joined").touch()
     for process in started.values():
         process.join(60)
         assert process.exitcode == 0

@@ -70,11 +70,11 @@ class Pulses:
         return self._heard.get(word, "")
 
     def all(self) -> dict[int, dict[str, Any]]:
-        """The last pulses of the ranks that have not left."""
-        return {rank: pulse for rank, pulse in {**self._last, self.rank: self._own()}.items() if not pulse.get("left")}
+        """The last pulses of the ranks that have not left, and this rank's own of now."""
+        return {**self.others(), self.rank: self._own()}
 
     def others(self) -> dict[int, dict[str, Any]]:
-        return {rank: pulse for rank, pulse in self.all().items() if rank != self.rank}
+        return {rank: pulse for rank, pulse in self._last.items() if rank != self.rank and not pulse["left"]}
 
     def silent(self, seconds: float = SILENT_SECONDS) -> list[int]:
         """The other ranks whose pulse did not change for so long, as far as this rank has looked."""
