@@ -274,8 +274,9 @@ def numbers(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_resumed_run_is_the_same(tmp_path: Path) -> None:
-    """It fails after a validation that no checkpoint has seen: the log is made again from the checkpoint on."""
-    path = write_config(tmp_path, **HELD)
+    """It fails after a validation that no checkpoint has seen: the log is made again from the checkpoint on, whose
+    own step was validated."""
+    path = write_config(tmp_path, **{**HELD, "validation__freq": 2})
     assert started(path, f"--job.dump_folder={tmp_path / 'whole'}")[0] == 0
     train_step = Trainer.train_step
 
@@ -286,11 +287,11 @@ def test_a_resumed_run_is_the_same(tmp_path: Path) -> None:
 
     with patch.object(Trainer, "train_step", die):
         assert started(path)[0] == 1
-    assert list(validations(tmp_path / "run")) == [3, 6]
+    assert list(validations(tmp_path / "run")) == [2, 4, 6]
     code, told = started(path)
     assert code == 0, told
     assert_same_training(tmp_path / "whole", tmp_path / "run", 8, tmp_path)
-    assert [row["step"] for row in numbers(tmp_path / "run")] == [3, 6, 8]
+    assert [row["step"] for row in numbers(tmp_path / "run")] == [2, 4, 6, 8]
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
 
 
