@@ -77,6 +77,19 @@ def test_a_rank_that_never_comes_is_named_when_the_time_is_up(tmp_path: Path) ->
         assert waited in said or (closed in said and log is logs[1])
 
 
+def join_an_agent(rank: int, port: int, log: str) -> None:
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    join(rank, port, log, 600)
+
+
+def test_a_rank_whose_launcher_died_before_it_could_look_ends_in_seconds(tmp_path: Path) -> None:
+    log, port = tmp_path / "log", free_port()
+    process = forked(join_an_agent, 0, port, str(log))
+    process.join(60)
+    assert process.exitcode == 1
+    assert f"the launcher's store at 127.0.0.1:{port} is gone, and so the launcher" in log.read_text()
+
+
 WATCHED = """
 import os, signal, time
 from titanlite.watchdog import Watchdog

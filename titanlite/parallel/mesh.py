@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titanlite.log import logger
 
+_LAUNCHER_SECONDS = 5.0  # without an answer from its store: it died before this rank could look who its parent is
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -78,8 +80,7 @@ def init_process_group(device_type: str, timeout_seconds: int, tell_seconds: flo
         return True
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     waiting = _Waiting(timeout_seconds, tell_seconds)
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = _connect("ranks", timeout, waiting, serves)
+    store = _connect("ranks", timeout, waiting, serves=rank == 0 and not _agent_serves())
     _call_the_roll(store, rank, world_size, waiting)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return True
@@ -99,9 +100,13 @@ class _Waiting:
         self._began, self._told = time.monotonic(), 0.0
         self._timeout, self._tell = timeout_seconds, tell_seconds
 
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
     def sleep(self, awaited: str) -> None:
         """For a moment. Raises TimeoutError when the time is up."""
-        waited = time.monotonic() - self._began
+        waited = self.seconds
         if waited > self._timeout:
             raise TimeoutError(
                 f"waited {self._timeout:g} s (comm.init_timeout_seconds) for {awaited}: look for its log and its host"
@@ -123,11 +128,19 @@ def _connect(name: str, timeout: timedelta, waiting: _Waiting, serves: bool) -> 
         try:  # quietly: the store's own constructor prints a stack for every attempt
             socket.create_connection((host, port), timeout=5).close()
             break
-        except OSError:
+        except OSError as error:
+            refused = isinstance(error, ConnectionRefusedError) and _agent_serves()
+            if refused and waiting.seconds > _LAUNCHER_SECONDS:
+                raise ConnectionError(f"the launcher's store at {host}:{port} is gone, and so the launcher") from error
             waiting.sleep(f"rank 0, or its launcher, at {host}:{port}")
     store = dist.TCPStore(host, port, is_master=serves, wait_for_workers=False, timeout=timeout)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"titanlite_attempt_{attempt}/{name}", store)
+
+
+def _agent_serves() -> bool:
+    """Whether the launcher keeps the store, which then is there before any rank is."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _call_the_roll(store: dist.Store, rank: int, world_size: int, waiting: _Waiting) -> None:
