@@ -67,7 +67,8 @@ def test_every_key_and_file_exists() -> None:
 
 def test_every_verb_is_there_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     commands = re.findall(r"^    python -m (titanlite\.\w+) (.*)$", OURS, re.MULTILINE)
-    assert {name for name, _ in commands} == {f"titanlite.{verb}" for verb in ("cache", "show", "parity", "verify")}
+    verbs = ("cache", "show", "parity", "verify", "plan", "generate", "convert")
+    assert {name for name, _ in commands} == {f"titanlite.{verb}" for verb in verbs}
     for name, words in commands:
         with contextlib.suppress(SystemExit):
             assert importlib.import_module(name).main(["--help"]) == 0
