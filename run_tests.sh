@@ -5,10 +5,11 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 . "$root/scripts/environment.sh"
 cd "$root"
-use_environment torch pytest pytest_timeout hypothesis transformers tokenizers ruff mypy
+use_environment torch pytest pytest_timeout xdist hypothesis transformers tokenizers ruff mypy
 export HF_HUB_OFFLINE=1
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest "$@"
+# Two processes, each with ranks of its own: much of the suite waits for processes to start. -n 0 takes one.
+exec "$python" -m pytest --numprocesses=2 --dist=loadfile "$@"

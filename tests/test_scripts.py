@@ -37,7 +37,7 @@ def test_ci_runs_the_tests_as_the_readme_says() -> None:
     assert '/../run_tests.sh" "$@"' in (ROOT / ".ci/run").read_text()
     assert ".ci/run" in (ROOT / ".github/workflows/tests.yml").read_text()
     tests = (ROOT / "run_tests.sh").read_text()
-    for command in ("ruff check .", "ruff format --check .", "mypy", 'pytest "$@"'):
+    for command in ("ruff check .", "ruff format --check .", "mypy", 'pytest --numprocesses=2 --dist=loadfile "$@"'):
         assert f'"$python" -m {command}\n' in tests
 
 
