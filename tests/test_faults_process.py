@@ -132,12 +132,12 @@ def stall_the_forward_pass(rank: int) -> None:
     ],
 )
 def test_a_rank_that_hangs_is_named_and_ends_the_job(job: Lives, fault: Any, phase: str, why: str, place: str) -> None:
-    config = write_config(job.folder, **RUN, comm__train_timeout_seconds=4)
+    config = write_config(job.folder, **RUN, comm__train_timeout_seconds=8)
     life = job.start(2, config, fault=fault)
     assert life.wait() == [1, 1]
     pid = life.processes[1].pid
     said = (
-        f"no progress for 4 s (comm.train_timeout_seconds = 4): rank 1 ({os.uname().nodename}, pid {pid}) in step 6,"
+        f"no progress for 8 s (comm.train_timeout_seconds = 8): rank 1 ({os.uname().nodename}, pid {pid}) in step 6,"
         f" {phase}: {why}"
     )
     for rank in range(2):
@@ -151,7 +151,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(job: Lives, fault: Any, pha
 
 def test_a_stopped_process_is_named_and_its_claim_lapses_with_it(job: Lives) -> None:
     """Rank 0, which writes the status else. It is killed at last, as a launcher does, and its claim lapses with it."""
-    config = write_config(job.folder, **RUN, comm__train_timeout_seconds=6, checkpoint__interval=4)
+    config = write_config(job.folder, **RUN, comm__train_timeout_seconds=8, checkpoint__interval=4)
     life = job.start(2, config, fault=park)
     until(lambda: num_steps(job.folder / "run") >= 5, "five steps")
     life.send(0, signal.SIGSTOP)
@@ -168,7 +168,7 @@ def test_a_stopped_process_is_named_and_its_claim_lapses_with_it(job: Lives) -> 
 
 def test_a_stopped_process_is_found_also_where_nothing_has_a_limit(job: Lives) -> None:
     """Rank 0 builds an index or a cache, for hours; the other waits for it, and is stopped."""
-    life = job.start(2, write_config(job.folder, **RUN, comm__init_timeout_seconds=6), fault=slow_reading)
+    life = job.start(2, write_config(job.folder, **RUN, comm__init_timeout_seconds=20), fault=slow_reading)
     until((job.folder / "opening").exists, "the opening of the data")
     life.send(1, signal.SIGSTOP)
     assert life.wait(0) == [1]
@@ -302,7 +302,7 @@ def test_orphans_end_by_themselves_and_the_next_start_goes_on(job: Lives, expect
         launcher.wait()
     began = time.monotonic()
     until(lambda: not any(map(alive, ranks)), "the end of the orphans")
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     assert f"the launcher (pid {launcher.pid}) is gone: ending at once, without a save" in log.read_text()
     goes_on(job, config, expected)
 
