@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from titanlite.train import main
 
-LONG = 60.0  # seconds: a test that waits so long has failed
+LONG = 240.0  # seconds: a test that waits so long has failed
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = LONG) -> None:
