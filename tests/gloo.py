@@ -6,6 +6,7 @@ that rank's traceback; the group is then thrown away, because its peers may wait
 """
 
 import atexit
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -13,15 +14,22 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 TIMEOUT_SECONDS = 120
 # Every run leaves gloo groups with threads that poll, and torch's caches refer to them: hundreds would take a core.
-MAX_RUNS = 40
+MAX_RUNS = 10
+
+
+def with_torch() -> ForkServerContext:
+    """Starts processes that need not import torch: forked from one that has, and has done nothing with it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["titanlite.job", "torch._dynamo"])
+    return context
 
 
 def _serve(rank: int, world_size: int, store_path: str, pipe: Connection) -> None:
@@ -49,7 +57,7 @@ class Ranks:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self.num_runs = 0
-        context = mp.get_context("spawn")
+        context = with_torch()
         store = os.path.join(tempfile.mkdtemp(prefix="titanlite-gloo-"), "store")
         pairs = [context.Pipe() for _ in range(world_size)]
         self._pipes = [mine for mine, _ in pairs]

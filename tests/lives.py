@@ -4,7 +4,6 @@ They are forked from a server that has imported torch; the store at which they m
 `start` gives them what torchrun would, but no launcher: tests of that use torchrun.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.gloo import with_torch
 from titanlite.train import main
 
 LONG = 240.0  # seconds: a test that waits so long has failed
@@ -33,9 +33,7 @@ def until(condition: Callable[[], object], what: str, seconds: float = LONG) -> 
 
 def forked(function: Callable[..., None], *arguments: Any) -> BaseProcess:
     """A process of its own that runs an importable function, with torch imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.lives", "titanlite.job", "torch._dynamo"])
-    process = context.Process(target=function, args=arguments, daemon=True)
+    process = with_torch().Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.gloo import ranks
 from tests.tiny_run import descendants, text, write_config
-from titanlite import job as job_module
+from titanlite import opening
 from titanlite import trainer as trainer_module
 from titanlite.config import CompileConfig, Config
 from titanlite.invariance.comparison import Difference, Run, compare, listed, relative_difference
@@ -147,8 +147,8 @@ def other_initial_weights(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 def other_loader(patch: pytest.MonkeyPatch, rank: int) -> None:
     """Rank 1 reads the rows of rank 0."""
-    exact = job_module.build_loader
-    patch.setattr(job_module, "build_loader", lambda *a, dp_rank, **k: exact(*a, dp_rank=0, **k))
+    exact = opening.build_loader
+    patch.setattr(opening, "build_loader", lambda *a, dp_rank, **k: exact(*a, dp_rank=0, **k))
 
 
 def other_rows(patch: pytest.MonkeyPatch, rank: int) -> None:
