@@ -510,7 +510,9 @@ def test_shipped_configs_are_there() -> None:
     assert {path.stem for path in SHIPPED} >= {"debug", "llama_150m", "llama_1b", "llama_8b"}
 
 
-def test_help_explains_every_key() -> None:
+@pytest.mark.parametrize("columns", [60, 80, 97, 120])
+def test_help_explains_every_key(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     shown = io.StringIO()
     with redirect_stdout(shown), pytest.raises(SystemExit) as caught:
         load_config(["--training.steps", "x", "--help"])

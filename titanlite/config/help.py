@@ -27,12 +27,18 @@ def help_text() -> str:
     for section, fields in SCHEMA.items():
         parts.append(f"[{section}]")
         if section == SOURCE:
-            parts.append(textwrap.indent(textwrap.fill(meaning["data", "sources"], width - 2), " " * 2))
+            parts.append(_paragraph(meaning["data", "sources"], width, indent=2))
         for key, field in fields.items():
             parts.append(f"  --{section}.{key} {type_name(field)}   (default {toml_value(field.default)})")
-            parts.append(textwrap.indent(textwrap.fill(meaning[section, key], width - 6), " " * 6))
+            parts.append(_paragraph(meaning[section, key], width, indent=6))
         parts.append("")
     return "\n".join(parts).rstrip()
+
+
+def _paragraph(text: str, width: int, indent: int) -> str:
+    margin = " " * indent
+    # A word stays whole, so that it can be found.
+    return textwrap.fill(text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False)
 
 
 def field_docs() -> dict[tuple[str, str], str]:
