@@ -135,10 +135,10 @@ def test_a_mark_costs_nothing_that_a_step_would_notice() -> None:
     """Some ten marks a step, and the fastest step of the smallest model takes milliseconds."""
     dog = Watchdog()
     try:
-        began = time.perf_counter()
+        began = time.thread_time()
         for number in range(20_000):
             dog.mark("forward", number)
-        microseconds = (time.perf_counter() - began) / 20_000 * 1e6
+        microseconds = (time.thread_time() - began) / 20_000 * 1e6
     finally:
         dog.close()
     assert microseconds < 50
