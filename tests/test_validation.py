@@ -42,6 +42,7 @@ HELD = {"data__held_out_fraction": 0.15, "validation__enable": True, "validation
 
 def started(config: Path, *overrides: str) -> tuple[int, str]:
     """Exit code of a run, and what it printed."""
+    torch.manual_seed(0)  # as a new process begins, whatever this one has drawn
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
         code = main(["--job.config_file", str(config), *overrides])
