@@ -311,7 +311,7 @@ def _private_tmpfs() -> bool:
 def test_a_disk_too_small_is_seen_before_writing(tmp_path: Path) -> None:
     """On a real file system of 3 MB, which only the run sees."""
     if not _private_tmpfs():
-        pytest.skip("needs unshare and mount, which this user may not use here")
+        pytest.skip("a disk of 3 MB is mounted in a user namespace (unshare -rm), which this machine does not allow")
     config = write_config(tmp_path, training__steps=40, checkpoint__interval=2, checkpoint__keep_latest_k=0)
     disk, after = tmp_path / "run", tmp_path / "after"
     disk.mkdir()

@@ -6,7 +6,8 @@
 import argparse
 import re
 import sys
-from typing import NoReturn
+
+from titanlite.config import OneLineParser
 
 DESCRIPTION = """\
 Convert between titanlite's checkpoints and Hugging Face folders (LLaMA: config.json, safetensors, tokenizer.json).
@@ -57,15 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help explains every option")
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The options, checked. Raises ValueError, one line."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="python -m titanlite.convert", description=DESCRIPTION, formatter_class=layout)
+    parser = OneLineParser(prog="python -m titanlite.convert", description=DESCRIPTION, formatter_class=layout)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="to-hf|from-hf")
     to_hf = verbs.add_parser("to-hf", help="checkpoint to folder", description=TO_HF, formatter_class=layout)
     to_hf.add_argument(

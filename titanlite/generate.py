@@ -10,8 +10,9 @@ import math
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from titanlite.config import OneLineParser
 from titanlite.generation.text import Continuation, Printer, encode_prompts, read_prompts
 
 if TYPE_CHECKING:
@@ -71,14 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help explains every option")
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """The options, checked. Raises ValueError, one line."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m titanlite.generate",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,9 +7,8 @@ import argparse
 import json
 import os
 import sys
-from typing import NoReturn
 
-from titanlite.config import Config, ConfigError, check, load_config
+from titanlite.config import Config, ConfigError, OneLineParser, check, load_config
 
 DESCRIPTION = """\
 Parameters, memory of a rank for each way of activation checkpointing, size of a checkpoint, tokens, epochs and time of
@@ -43,14 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help explains every option")
-
-
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The verb's own options, checked, and the config's arguments. Raises ValueError, one line."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m titanlite.plan",
         usage="%(prog)s --job.config_file FILE --world_size N [--mfu X] [--device NAME | --peak_tflops X] [--exact]"
         " [--json] [--section.key VALUE ...]",

@@ -13,11 +13,11 @@ import sys
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from titanlite.config import Config, ConfigError, load_config
+from titanlite.config import Config, ConfigError, OneLineParser, load_config
 from titanlite.data.cache_writer import available_cores
 from titanlite.data.corpus import Corpus, open_corpus, open_rows
 from titanlite.data.feed import EndOfData, Threads
@@ -80,14 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if right else 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help explains every option")
-
-
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The verb's own options, and the config's arguments."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m titanlite.show",
         usage="%(prog)s (--job.config_file FILE | --run FOLDER) (--step N [--row R [--raw]] | --stats)"
         " [--section.key VALUE ...]",

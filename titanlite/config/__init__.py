@@ -3,7 +3,7 @@
 from titanlite.config.checks import check
 from titanlite.config.degrees import resolve_degrees
 from titanlite.config.dump import diff, dump_toml
-from titanlite.config.load import load_config, take_number
+from titanlite.config.load import OneLineParser, load_config, take_number
 from titanlite.config.schema import ConfigError
 from titanlite.config.sections import (
     ActivationCheckpointConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "LrSchedulerConfig",
     "MetricsConfig",
     "ModelConfig",
+    "OneLineParser",
     "OptimizerConfig",
     "ParallelismConfig",
     "ProfilingConfig",

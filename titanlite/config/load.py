@@ -3,10 +3,11 @@
 Strict: an unknown section or key, a wrong type and every failed check are errors, and all of them are reported at once.
 """
 
+import argparse
 import difflib
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from titanlite.config.checks import check
 from titanlite.config.help import help_text
@@ -69,6 +70,13 @@ def take_number(argv: list[str], option: str, default: int, least: int, what: st
     if not text.isdecimal() or int(text) < least:
         raise ValueError(f"{option} {text}: give a number of {what}, {least} or more")
     return int(text), arguments
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Of a verb's own options. A mistake is a ValueError of one line, for the verb to print as it prints the others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help explains every option")
 
 
 def _print_help() -> None:
