@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.gloo import ranks
 from titanlite.data import index
 from titanlite.data.files import content_digest
-from titanlite.data.index import load_index
+from titanlite.data.index import WritingStopped, load_index
 
 
 def digest(path: Path, size: int) -> str:
@@ -284,6 +284,32 @@ def test_a_build_that_waits_takes_over_from_the_killed_one(tmp_path: Path) -> No
     assert second.communicate(timeout=30)[0].endswith(b"built\n")
     assert [p.suffix for p in sorted((tmp_path / "cache").iterdir())] == [".index", ".lock"]
     assert load(tmp_path / "a.jsonl", tmp_path / "cache").tolist() == naive_bounds(content)
+
+
+def test_a_stop_is_heeded_within_a_block_and_leaves_nothing(tmp_path: Path) -> None:
+    content = write_three_blocks(tmp_path)
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    asked = iter(range(1000))
+    with pytest.raises(WritingStopped, match=r"stopped while .*/a\.jsonl was indexed"):
+        load_index(str(path), len(content), digest(path, len(content)), str(cache), lambda: next(asked) == 2)
+    assert next(asked) == 3
+    assert [p.suffix for p in cache.iterdir()] == [".lock"]
+    assert load(path, cache).tolist() == naive_bounds(content)
+
+
+def test_a_stop_is_heeded_while_another_process_builds(tmp_path: Path) -> None:
+    content = write_three_blocks(tmp_path)
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    other, asked = start_a_build(tmp_path, 600), iter(range(1000))
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b".\n"
+        with pytest.raises(WritingStopped):
+            load_index(str(path), len(content), digest(path, len(content)), str(cache), lambda: next(asked) == 3)
+    finally:
+        other.kill()
+        other.communicate()
+    assert load(path, cache).tolist() == naive_bounds(content)
 
 
 @pytest.mark.slow

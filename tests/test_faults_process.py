@@ -270,6 +270,25 @@ def test_a_stop_before_the_first_step_is_heeded_in_seconds(job: Lives) -> None:
     assert "preparing data" in status(job.folder)["reason"]
 
 
+def test_a_stop_while_an_index_is_built_is_heeded_and_leaves_nothing(job: Lives, expected: dict[int, str]) -> None:
+    """Of a file of 1 TB, which takes no room: it is one hole."""
+    records = job.folder / "records.jsonl"
+    records.touch()
+    os.truncate(records, 10**12)
+    config = write_config(job.folder, paths=str(records), **RUN)
+    life = job.start(2, config)
+    until(lambda: list((job.folder / "cache").glob("*.tmp")), "the building of the index")
+    life.send(1, signal.SIGUSR1)
+    assert life.wait() == [0, 0]
+    found = status(job.folder)
+    assert (found["state"], found["step"]) == ("preempted", 0)
+    assert found["reason"].startswith("SIGUSR1 to rank 1 (")
+    assert found["reason"].endswith(f"): stopped while {records} was indexed")
+    assert not [path for path in (job.folder / "cache").iterdir() if path.suffix != ".lock"]
+    records.write_text("".join(json.dumps({"text": text(number)}) + "\n" for number in range(NUM_DOCUMENTS)))
+    goes_on(job, config, expected)
+
+
 # Another job takes the folder, or nobody is left to run for
 
 

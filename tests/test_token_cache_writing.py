@@ -44,7 +44,8 @@ from tests.token_caches import (
     write_jsonl,
 )
 from titanlite.data import cache_job, cache_processes, cache_progress, cache_writer, shard_writer
-from titanlite.data.cache_writer import WritingStopped, write_cache
+from titanlite.data.cache_writer import write_cache
+from titanlite.data.index import WritingStopped
 from titanlite.data.shards import Portion, plan_shards
 from titanlite.data.source import SourceError
 from titanlite.tokenizer import Tokenizer

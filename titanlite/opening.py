@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from titanlite.config import Config
-from titanlite.data.cache_writer import WritingStopped, available_cores
+from titanlite.data.cache_writer import available_cores
 from titanlite.data.corpus import Corpus, open_corpus
+from titanlite.data.index import WritingStopped
 from titanlite.data.loader import Loader, build_loader
 from titanlite.data.validation_set import ValidationSet, build_validation_set, validation_sources
 from titanlite.log import logger
@@ -29,7 +30,8 @@ def open_data(
 ) -> tuple[Tokenizer, Loader]:
     """This rank's tokenizer and batches, from `cursor` on. Collective; takes as long as indices and caches take.
 
-    Raises RunFailed, on all ranks, for what any of them cannot read. A stop while a cache is written ends all ranks.
+    Raises RunFailed, on all ranks, for what any of them cannot read. A stop while an index or a cache is written ends
+    all ranks.
     """
     with agreed():
         tokenizer = load_tokenizer(config)
@@ -46,7 +48,7 @@ def open_data(
                 saved_corpus=read_json(folder / "corpus.json"),
                 pin_memory=mesh.device.type == "cuda",
                 tokenizing_share=_tokenizing_share(config, mesh.device.type),
-                stop=lambda: bool(watchdog.stop_asked),
+                stop=lambda: watchdog.ending,
             )
     return tokenizer, loader
 
@@ -59,7 +61,7 @@ def open_validation_set(
     training = config.training
 
     def stop() -> bool:
-        return bool(watchdog.stop_asked)
+        return watchdog.ending
 
     with agreed(), _stoppable(watchdog):
         if corpus is None and not config.validation.paths:
@@ -82,7 +84,7 @@ def open_validation_set(
 
 @contextmanager
 def _stoppable(watchdog: Watchdog) -> Iterator[None]:
-    """Where a cache is written, which may be stopped."""
+    """Where an index or a cache is written, which may be stopped."""
     try:
         yield
     except WritingStopped as stopped:  # nothing is to be saved yet, and others may be in the midst of reading

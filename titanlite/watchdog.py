@@ -108,6 +108,11 @@ class Watchdog:
         own = f"{self.stop.received} to {name(self.rank, self._pulse())}" if self.stop.received else ""
         return self._pulses.heard("stop") or own
 
+    @property
+    def ending(self) -> bool:
+        """Whether a stop was asked for or a verdict said, on any rank: what can be left is to be left in order now."""
+        return bool(self._verdict or self._pulses.heard("verdict") or self.stop_asked)
+
     def explain(self, error: BaseException) -> str:
         """What the others have to do with an error of this rank: who of them is gone, or empty. Takes seconds.
 

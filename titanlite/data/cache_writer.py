@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from titanlite.data.cache_job import Job, records, telling_the_fix, token_width, too_many
 from titanlite.data.cache_processes import write_in_processes
 from titanlite.data.cache_progress import Event, Progress
-from titanlite.data.index import cache_folder
+from titanlite.data.index import WritingStopped, cache_folder
 from titanlite.data.shards import Portion, Shard, plan_shards
 from titanlite.data.source import Numbering, RecordError, Source
 from titanlite.data.stream import DocumentEncoder, encode_or_raise, num_text_bytes
@@ -21,10 +21,6 @@ from titanlite.log import logger
 
 _SAMPLED_SHARDS, _SAMPLED_DOCUMENTS, _SAMPLED_CHARS = 8, 4, 16384
 _TABLE_BYTES = 16  # of a shard, per document
-
-
-class WritingStopped(Exception):
-    """The writing of a cache was given up because its caller was asked to stop."""
 
 
 def write_cache(

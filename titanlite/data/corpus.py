@@ -55,8 +55,8 @@ def open_corpus(
     """The corpus that `data` names; where a reader needs a token cache, that is written first.
 
     tokenizing_share: of this host's cores, what tokenising during training would take, as far as known. `stop` is asked
-    twice a second while a cache is written: WritingStopped where it says yes. Raises ValueError, in one line with the
-    fix, for anything that cannot be read or written.
+    twice a second while an index or a cache is written: WritingStopped where it says yes. Raises ValueError, in one
+    line with the fix, for anything that cannot be read or written.
     """
     weights = _weights(source_configs(data))
     deck = Deck(weights, seed)
@@ -65,7 +65,7 @@ def open_corpus(
     manifests: dict[str, dict[str, Any]] = {}
     for name in weights:
         config = source_configs(data)[name]
-        texts[name] = source = open_source(name, config, data.cache_dir)
+        texts[name] = source = open_source(name, config, data.cache_dir, stop=stop)
         reader = open_reader(source, data, tokenizer, tokenizing_share, stop)
         sources[name] = _stream_source(source, reader, data, config, seed)
         manifests[name] = _manifest(source, reader, config)

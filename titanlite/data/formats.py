@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from types import ModuleType
@@ -73,9 +73,10 @@ class OpenFile:
 class Jsonl(OpenFile):
     """A jsonl file with its record boundaries."""
 
-    def __init__(self, file: SourceFile, cache_dir: str) -> None:
+    def __init__(self, file: SourceFile, cache_dir: str, stop: Callable[[], bool]) -> None:
+        """stop: see load_index."""
         super().__init__(file)
-        self._index = load_index(file.path, file.size, file.digest, cache_dir)
+        self._index = load_index(file.path, file.size, file.digest, cache_dir, stop)
         self.num_records = self._index.num_records
 
     def sizes(self, records: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Where the records of a jsonl file begin: an index of byte offsets, built once and shared by all ranks and jobs.
 
-Owns the index file: its format, its name (content, never time stamps: a copied corpus stays valid) and its safe
-creation by several processes at once. Refuses to interpret records.
+Owns the index file: its format, its name (content, never time stamps: a copied corpus stays valid), its safe creation
+by several processes at once, and what ends that before it is done. Refuses to interpret records.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from tqdm import tqdm
@@ -33,6 +33,10 @@ def cache_folder(cache_dir: str) -> str:
     """The folder that data.cache_dir means; empty: $XDG_CACHE_HOME/titanlite, else ~/.cache/titanlite."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return os.path.expanduser(cache_dir or os.path.join(cache, "titanlite"))
+
+
+class WritingStopped(Exception):
+    """The writing of an index or a cache was given up because its caller was asked to stop."""
 
 
 class Index:
@@ -56,11 +60,12 @@ class Index:
             os.unlink(self._path)
 
 
-def load_index(path: str, size: int, content: str, cache_dir: str) -> Index:
+def load_index(path: str, size: int, content: str, cache_dir: str, stop: Callable[[], bool] = lambda: False) -> Index:
     """The index of a jsonl file with this size and content (a hash): taken from `cache_dir` or built there, while other
     processes wait for it.
 
-    A record is what a newline ends; the empty piece after the last newline is none. Raises ValueError where the folder
+    A record is what a newline ends; the empty piece after the last newline is none. `stop` is asked for each MB that is
+    scanned, and while another process builds: WritingStopped where it says yes. Raises ValueError where the folder
     cannot be written, and where the file changes meanwhile.
     """
     key = hashlib.blake2b(f"{_FORMAT} {size} {content}".encode(), digest_size=16).digest()
@@ -71,12 +76,12 @@ def load_index(path: str, size: int, content: str, cache_dir: str) -> Index:
         return index
     try:
         os.makedirs(folder, exist_ok=True)
-        with _lock(index_path + ".lock") as alone:
+        with _lock(index_path + ".lock", path, stop) as alone:
             index = _open(index_path, key, size)  # another process may have built it meanwhile
             if index is None:
                 if os.path.exists(index_path):
                     logger.warning(f"{index_path} is damaged: building it again")
-                _build(path, size, key, index_path, clean_up=alone)
+                _build(path, size, key, index_path, stop, clean_up=alone)
                 index = _open(index_path, key, size)
     except OSError as error:
         raise ValueError(
@@ -112,11 +117,12 @@ def _checksum(crc: int, num_records: int) -> int:
 
 
 @contextlib.contextmanager
-def _lock(path: str) -> Iterator[bool]:
+def _lock(path: str, of: str, stop: Callable[[], bool]) -> Iterator[bool]:
     """Hold the lock file; yields False where the file system knows no locks: work is then duplicated, not wrong."""
     with open_lock(path) as file:
         waited, told = 0.0, 0.0
         while (held := try_lock(file)) is False:
+            _heed(stop, of)
             if waited >= told:
                 logger.info(f"waiting for another process that builds an index ({path} is locked)")
                 told += _LOG_SECONDS
@@ -125,7 +131,12 @@ def _lock(path: str) -> Iterator[bool]:
         yield bool(held)
 
 
-def _build(path: str, size: int, key: bytes, index_path: str, clean_up: bool) -> None:
+def _heed(stop: Callable[[], bool], path: str) -> None:
+    if stop():
+        raise WritingStopped(f"stopped while {shown(path)} was indexed")
+
+
+def _build(path: str, size: int, key: bytes, index_path: str, stop: Callable[[], bool], clean_up: bool) -> None:
     """Write the index under a name of its own, then rename it: a reader sees all of it or nothing."""
     if clean_up:
         remove_leftovers(index_path)
@@ -137,6 +148,7 @@ def _build(path: str, size: int, key: bytes, index_path: str, clean_up: bool) ->
             start, before = time.monotonic(), stamp(path)
             crc, num_records = 0, -1
             for bounds in _scan(path, size):
+                _heed(stop, path)
                 crc = zlib.crc32(bounds.data, crc)
                 num_records += len(bounds)
                 out.write(bounds.data)

@@ -117,8 +117,8 @@ def build_loader(
     On resume the number of ranks, readers, workers, prefetched batches and global_batch_size may be others; what
     defines the stream may not. With `saved_corpus` (the manifest of then) a refusal names the files that changed.
     tokenizing_share, stop: see `corpus.open_corpus`. Raises ValueError, in one line, for a corpus that cannot be read
-    and for a cursor of another stream; WritingStopped where `stop` ended the writing of a cache. Threads begin to read
-    at once.
+    and for a cursor of another stream; WritingStopped where `stop` ended the writing of an index or a cache. Threads
+    begin to read at once.
     """
     if global_batch_size % dp_degree:
         raise ValueError(

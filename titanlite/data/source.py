@@ -10,7 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,15 +86,24 @@ class _Facts(NamedTuple):
 class Source:
     """The documents of a list of files. Threads may share it.
 
-    Making one raises ValueError, in one line, for a parquet file that lacks the column and for what cannot be opened.
+    Making one raises ValueError, in one line, for a parquet file that lacks the column and for what cannot be opened;
+    WritingStopped where `stop` ended the building of an index.
     """
 
-    def __init__(self, name: str, files: list[SourceFile], text_field: str, cache_dir: str, key: str = "data") -> None:
+    def __init__(
+        self,
+        name: str,
+        files: list[SourceFile],
+        text_field: str,
+        cache_dir: str,
+        key: str = "data",
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.name = name
         self.files = files
         self.text_field = text_field
         self.num_bytes = sum(file.size for file in files)
-        self._cache_dir, self._key = cache_dir, key
+        self._cache_dir, self._key, self._stop = cache_dir, key, stop
         self._row_groups = RowGroups()
         self._open = functools.lru_cache(min(_OPEN_FILES, max_open_files() // _OPEN_SHARE))(self._open_file)
         # Parquet files are all opened, so that each one's column is checked, even where no number of records is needed.
@@ -111,6 +120,7 @@ class Source:
         self._groups = {f: facts[f].groups for f in parquet}
         self._file_size = np.array([file.size for file in files], np.int64)
         self._has_records = np.array([file.kind in ("jsonl", "parquet") for file in files], bool)
+        self._stop = lambda: False  # the rest of a run ends with a step, also where an index is built anew
 
     def read(self, document: int) -> str:
         """The document's text, by random access. Raises RecordError for bytes that hold none, else SourceError."""
@@ -237,7 +247,9 @@ class Source:
     def _open_file(self, f: int) -> Jsonl | Parquet:
         file = self.files[f]
         return (
-            Parquet(file, self.text_field, self._row_groups) if file.kind == "parquet" else Jsonl(file, self._cache_dir)
+            Parquet(file, self.text_field, self._row_groups)
+            if file.kind == "parquet"
+            else Jsonl(file, self._cache_dir, self._stop)
         )
 
     def _facts(self, f: int) -> _Facts:
@@ -248,11 +260,13 @@ class Source:
         return _Facts(opened.num_records, True, np.empty((0, 2), np.int64))
 
 
-def open_source(name: str, source: SourceConfig, cache_dir: str, key: str = "") -> Source:
+def open_source(
+    name: str, source: SourceConfig, cache_dir: str, key: str = "", stop: Callable[[], bool] = lambda: False
+) -> Source:
     """The documents that a section names: [data], or [data.sources.NAME], or `key`. Raises ValueError, in one line with
-    the fix, for anything that cannot be read."""
+    the fix, for anything that cannot be read; stop: see Source."""
     key = key or ("data" if name == "data" else f"data.sources.{name}")
-    opened = Source(name, find_files(source, key), source.text_field, cache_dir, key)
+    opened = Source(name, find_files(source, key), source.text_field, cache_dir, key, stop)
     if opened.numbering is not None and not opened.numbering.num_documents:
         raise ValueError(f"{key}.paths = {list(source.paths)}: the corpus is empty, its files hold no record")
     opened.check_text_field()

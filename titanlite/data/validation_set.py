@@ -69,7 +69,7 @@ def validation_sources(
     if validation.paths:
         v = validation
         config = SourceConfig(v.paths, exclude=v.exclude, format=v.format, text_field=v.text_field)
-        source = open_source("validation", config, data.cache_dir, "validation")
+        source = open_source("validation", config, data.cache_dir, "validation", stop)
         if corpus is not None:
             _refuse_trained(source.files, corpus)
         reader = open_reader(source, data, tokenizer, 0.0, stop)
