@@ -9,25 +9,31 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.lives import Lives, lives, num_steps, until
+from tests.lives import LONG, Lives, lives, num_steps, until
 from tests.tiny_run import NUM_DOCUMENTS, descendants, fingerprints, text, write_config
 from titanlite import opening
 from titanlite.checkpoint import tensors as checkpoint_files
 from titanlite.config import DataConfig
 from titanlite.data.loader import Batch, Loader, build_loader
+from titanlite.run_folder import RunFolder
 from titanlite.trainer import Trainer
 
 RUN = {"training__steps": 24, "metrics__enable_tensorboard": False, "training__local_batch_size": 8}
 
 ROOT = Path(__file__).parent.parent
+
+OTHER = f"node9 pid 17 machine another token {'0' * 16} beat {5:010d}\n"
+"""A claim of another job."""
 
 
 @pytest.fixture
@@ -297,15 +303,68 @@ def test_a_run_that_was_taken_over_commits_nothing_and_ends(job: Lives) -> None:
     config = write_config(job.folder, **RUN, checkpoint__interval=100)
     life = job.start(2, config, fault=park)
     until(lambda: num_steps(job.folder / "run") >= 2, "two steps")
-    owner = f"node9 pid 17 machine another token {'0' * 16} beat {5:010d}\n"
-    (job.folder / "run/.claim").write_text(owner)
+    (job.folder / "run/.claim").write_text(OTHER)
     assert life.wait() == [1, 1]
     said = f"job.dump_folder = '{job.folder}/run' is taken over by another job (node9 pid 17): ending without a save"
     assert said in life.log(0)
     assert said in life.log(1)
     assert status(job.folder)["state"] == "running", "it is the other's to write"
-    assert (job.folder / "run/.claim").read_text() == owner
+    assert (job.folder / "run/.claim").read_text() == OTHER
     assert not (job.folder / "run/checkpoint").exists()
+
+
+def everything_in(run: Path) -> dict[str, str]:
+    """All files, but for those of an unfinished save."""
+    files = [path for path in run.rglob("*") if path.is_file() and "/.tmp-step-" not in str(path)]
+    return {str(path.relative_to(run)): path.read_bytes().hex() for path in files}
+
+
+def lose_the_claim(rank: int, question: int) -> None:
+    """Another job takes the folder over right before rank 0 asks, for this time, whether it may go on with a save."""
+    right, right_step, questions = RunFolder.fence, Trainer.train_step, iter(range(1, 1000))
+    lost = threading.Event()
+
+    def fence(self: RunFolder) -> str | None:
+        if next(questions) == question:
+            (self.path / ".claim").write_text(OTHER)
+            found = right(self)
+            (self.path.parent / "seen").write_text(json.dumps(everything_in(self.path)))
+            lost.set()
+            return found
+        return right(self)
+
+    def train_step(self: Trainer, *arguments: Any) -> Any:
+        if rank == 0 and self.step == 8:  # an async save asks for the last time during this step
+            assert lost.wait(LONG)
+        return right_step(self, *arguments)
+
+    RunFolder.fence, Trainer.train_step = fence, train_step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("mode", "question"),
+    [
+        ("async", 4),
+        pytest.param("disabled", 4, marks=pytest.mark.slow),
+        pytest.param("async", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_save_that_finds_the_folder_taken_over_is_the_last_that_is_written(
+    mode: str, question: int, job: Lives, expected: dict[int, str]
+) -> None:
+    """Before the heartbeat sees it: no file of the run changes any more, the other job's claim is left alone."""
+    config = write_config(job.folder, **RUN, checkpoint__interval=4, checkpoint__async_mode=mode)
+    life = job.start(2, config, fault=partial(lose_the_claim, question=question))
+    assert life.wait() == [1, 1]
+    said = f"job.dump_folder = '{job.folder}/run' is taken over by another job (node9 pid 17)"
+    assert said in life.log(0)
+    assert "Traceback" not in life.log(0) + life.log(1)
+    assert everything_in(job.folder / "run") == json.loads((job.folder / "seen").read_text())
+    assert status(job.folder)["state"] == "running"
+    assert (job.folder / "run/.claim").read_text() == OTHER
+    assert os.listdir(job.folder / "run/checkpoint") == ["step-00000004"]
+    (job.folder / "run/.claim").write_text("")  # the other job ends
+    goes_on(job, config, expected)
 
 
 def test_orphans_end_by_themselves_and_the_next_start_goes_on(job: Lives, expected: dict[int, str]) -> None:

@@ -237,6 +237,9 @@ class Job:
         number, config = self.trainer.step, self.config
         self._phase("logging")
         self.cursor, self.ledger = step.batch.cursor, step.batch.ledger
+        if lost := self._run_folder.lost:
+            self._problem = lost
+            self.report.fall_silent()
         try:
             self.report.step(result, step.fingerprint, step.batch, num_documents=step.num_documents)
             self.profiling.step()

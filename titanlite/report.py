@@ -137,6 +137,10 @@ class Report:
         logger.warning("%s; updates left out so far: %d", what, skipped)
         return skipped
 
+    def fall_silent(self) -> None:
+        """Write nothing more: the files are another job's now."""
+        self._run_log = None
+
     def validated(self, line: str, record: Mapping[str, Any]) -> None:
         """Raises OSError, on rank 0, where its files cannot be written; so does `samples`."""
         self.validated_step = record["step"]

@@ -19,6 +19,8 @@ class RunFolder:
 
     def __init__(self, path: Path, watchdog: Watchdog) -> None:
         self.path, self._watchdog = path, watchdog
+        self.lost = ""
+        """Why it is not this job's to write any more, as far as rank 0 has seen; empty: it is."""
         self._held = False
         self._claim: Claim | None = None
         watchdog.last_words = self._last_words
@@ -32,19 +34,22 @@ class RunFolder:
 
     def fence(self) -> str | None:
         """Asked on rank 0: why a checkpoint must not be committed any more; None: it may."""
-        why = self._claim.taken_over() if self._claim is not None else None
-        self._held = self._held and not why
-        return f"job.dump_folder = {str(self.path)!r} is {why}" if why else None
+        if why := self._claim.taken_over() if self._claim is not None else None:
+            self._lose(why)
+        return self.lost or None
 
     def set_status(self, state: str, step: int | None, **facts: Any) -> None:
         """Nothing before the claim is had, nor once it is lost: the status is the other job's then."""
-        if self._held and dist.get_rank() == self._watchdog.speaker:
+        if self._held and not self.lost and dist.get_rank() == self._watchdog.speaker:
             status = {"state": state, "step": step, "pid": os.getpid(), **facts}
             write_json(self.path / "status.json", status)
 
     def _taken_over(self, why: str) -> None:
-        self._held = False
-        self._watchdog.end(1, "failed", f"job.dump_folder = {str(self.path)!r} is {why}: ending without a save")
+        self._lose(why)
+        self._watchdog.end(1, "failed", f"{self.lost}: ending without a save")
+
+    def _lose(self, why: str) -> None:
+        self.lost = f"job.dump_folder = {str(self.path)!r} is {why}"
 
     def _last_words(self, verdict: Verdict) -> None:
         saved = 0
