@@ -1,4 +1,5 @@
-"""`parity` finds agreement where there is, and names the step and the tensor where a bug was planted on a rank."""
+"""`parity` finds agreement where there is, and names the step and the tensor where a bug was planted on a rank: in
+training, validation or generation."""
 
 import functools
 import multiprocessing
@@ -16,18 +17,25 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.gloo import ranks
 from tests.tiny_run import descendants, text, write_config
-from titanlite import opening
+from titanlite import opening, validation
 from titanlite import trainer as trainer_module
 from titanlite.config import CompileConfig, Config
+from titanlite.generation import decode
+from titanlite.invariance import ending, recording
 from titanlite.invariance.comparison import Difference, Run, compare, listed, relative_difference
+from titanlite.invariance.ending import NUM_GENERATED, NUM_PROMPTS, EndRecord, note_end
 from titanlite.invariance.launch import RanksFailed, run_ranks
 from titanlite.invariance.layouts import Layout, read_layouts
-from titanlite.invariance.recording import RankRecord, StepRecord, _random, _sketch, record
-from titanlite.model import Documents, Llama, llama
+from titanlite.invariance.recording import RankRecord, StepRecord, record
+from titanlite.invariance.sketches import random_tensor, sketch
+from titanlite.job import Job
+from titanlite.model import Documents, Llama, build_documents, kv_cache, labels, llama
+from titanlite.model.attention import realise
 from titanlite.parallel.mesh import Mesh
 from titanlite.parity import main
 from titanlite.trainer import StepResult, Trainer
@@ -93,6 +101,57 @@ def test_layouts_agree(layout: str, config_file: Path) -> None:
     assert sum(name.startswith("weight ") for name in quantities) == num_parameters
     in_blocks = 2 * (1 if "compile" in layout else 5)
     assert sum(name.startswith("activation ") for name in quantities) == 4 + in_blocks + 2
+    behind = [(d.step, d.what) for d in differences[-2 - NUM_GENERATED :]]
+    tokens = [("generation", f"logits of new token {n}") for n in range(1, NUM_GENERATED + 1)]
+    assert behind == [("validation", "set"), ("validation", "loss"), *tokens]
+
+
+def naively(config: Config) -> tuple[EndRecord, float, np.ndarray]:
+    """What is recorded of the last weights, and the same row by row through the trained model, without a cache."""
+    naive: list[Any] = []
+    losses = ending.sum_of_losses
+
+    @torch.no_grad()
+    def sum_of_losses(model: Llama, rows: Tensor, mesh: Mesh, eos_id: int, *rest: Any) -> float | None:
+        total = 0.0
+        for row in rows.flatten(0, 1).long().split(1):
+            logits = model.output(model(row[:, :-1], build_documents(row[:, :-1], eos_id, "dense")))
+            total += F.cross_entropy(logits[0], labels(row, eos_id)[0], reduction="sum").item()
+        naive.append(total)
+        return losses(model, rows, mesh, eos_id, *rest)
+
+    def note(job: Job, config: Config, rows: Tensor) -> EndRecord:
+        found, model = note_end(job, config, rows), job.trainer.model
+        sketches = np.empty_like(found.logits)
+        for place, length in enumerate(found.lengths):
+            tokens = torch.cat([rows[:1, length:], rows[:1]], 1)[:, : length + NUM_GENERATED]
+            logits = model.output(model(tokens, realise(torch.zeros_like(tokens), "dense")))[0, length - 1 : -1]
+            sketches[:, place] = sketch(logits.unsqueeze(1), random_tensor(1, "rows", logits.device)).numpy()
+        naive.append(sketches)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ending, "sum_of_losses", sum_of_losses)
+        patch.setattr(recording, "note_end", torch.no_grad()(note))
+        end = record(config, STEPS).end
+    return end, naive[0], naive[1]
+
+
+def test_the_end_is_what_the_trained_weights_make(config_file: Path) -> None:
+    ((end, loss, logits),) = ranks(1).run(naively, layout_of("1x1", config_file).config)
+    assert end.num_rows == 8
+    assert end.lengths == [32, 16, 8, 4]
+    assert end.loss == pytest.approx(loss, rel=1e-13)
+    assert end.logits.shape[:2] == (NUM_GENERATED, NUM_PROMPTS)
+    assert relative_difference(end.logits, logits).max() < 1e-13
+
+
+def test_the_configs_own_validation_set_is_taken(config_file: Path) -> None:
+    options = "+validation.enable=true+data.held_out_fraction=0.5+validation.max_documents=30"
+    reference, run_of_two = run(f"1x1{options}", config_file), run(f"2x1{options}", config_file)
+    assert [str(d) for d in compare(reference, run_of_two, 1e-12) if d.size > 1e-12] == []
+    assert reference[0].end.validation_set.startswith("30 documents, ")
+    assert run("1x1", config_file)[0].end.validation_set.startswith("60 documents, ")
 
 
 def skip_all_reduce(patch: pytest.MonkeyPatch, rank: int) -> None:
@@ -180,6 +239,47 @@ def frozen_embedding(patch: pytest.MonkeyPatch, rank: int) -> None:
     patch.setattr(apply, "apply_tp", without_the_last_hook)
 
 
+def smaller_set(patch: pytest.MonkeyPatch, rank: int) -> None:
+    patch.setattr(ending, "NUM_DOCUMENTS", 20)
+
+
+def validation_over_ranks(patch: pytest.MonkeyPatch, rank: int) -> None:
+    exact = ending.sum_of_losses
+    patch.setattr(ending, "sum_of_losses", lambda *arguments: exact(*arguments) / dist.get_world_size())
+
+
+def blind_validation(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """One rank validates across documents."""
+    exact = validation.build_documents
+    if rank == 1:
+        patch.setattr(validation, "build_documents", lambda tokens, eos_id, backend: exact(tokens, -1, backend))
+
+
+def shifted_under_the_cache(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """One rank counts the positions of new tokens, and not those of prompts, from 1."""
+    exact = kv_cache.realise_next
+
+    def realise_next(starts: Tensor, begin: int, *caches: Any) -> Documents:
+        documents = exact(starts, begin, *caches)
+        return replace(documents, positions=documents.positions + (begin > 0))
+
+    if rank == 1:
+        patch.setattr(kv_cache, "realise_next", realise_next)
+
+
+def seen_padding(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """One rank takes what stands before a prompt for a part of it."""
+    exact = decode.right_align
+    if rank == 1:
+        patch.setattr(decode, "right_align", lambda *a: (exact(*a)[0], torch.zeros_like(exact(*a)[1])))
+
+
+def other_generating_weights(patch: pytest.MonkeyPatch, rank: int) -> None:
+    """One rank generates with a weight that is off by a millionth."""
+    exact = ending.whole_tensor
+    patch.setattr(ending, "whole_tensor", lambda tensor: exact(tensor) * (1 + 1e-6 * (rank == 1)))
+
+
 @pytest.mark.parametrize(
     ("plant", "layout", "step", "what", "where"),
     [
@@ -195,6 +295,12 @@ def frozen_embedding(patch: pytest.MonkeyPatch, rank: int) -> None:
         (other_rows, "2x1", 2, "activation document starts", "rows 4-7 of the batch (rank 1)"),
         (other_rows, "1x2", 2, "activation document starts", "rows 0-7 of the batch (ranks 0-1)"),
         (other_update, "hsdp2x1", 1, "weight tok_embeddings.weight", "rank 1"),
+        (smaller_set, "2x1", "validation", "set", "ranks 0-1"),
+        (validation_over_ranks, "2x1", "validation", "loss", "ranks 0-1"),
+        (blind_validation, "2x1", "validation", "loss", "ranks 0-1"),
+        (shifted_under_the_cache, "1x2", "generation", "logits of new token 2", "prompts 1-4 (ranks 0-1)"),
+        (seen_padding, "1x2", "generation", "logits of new token 1", "prompts 2-4 (ranks 0-1)"),
+        (other_generating_weights, "2x1", "generation", "logits of new token 1", "prompts 1-4 (rank 1)"),
         pytest.param(
             frozen_embedding,
             "1x2+compile=aot_eager",
@@ -205,7 +311,9 @@ def frozen_embedding(patch: pytest.MonkeyPatch, rank: int) -> None:
         ),
     ],
 )
-def test_a_planted_bug_is_named(plant: Plant, layout: str, step: int, what: str, where: str, config_file: Path) -> None:
+def test_a_planted_bug_is_named(
+    plant: Plant, layout: str, step: int | str, what: str, where: str, config_file: Path
+) -> None:
     found = first_difference(layout, config_file, plant)
     assert found is not None
     assert (found.step, found.what, found.where) == (step, what, where), str(found)
@@ -231,16 +339,29 @@ def test_nothing_that_was_recorded_is_left_uncompared(config_file: Path) -> None
         ("gradient norm", replace(good, grad_norm=good.grad_norm * (1 - 1e-8))),
     ]
     for kind in ("inputs", "activations", "gradients", "weights"):
-        for name, sketch in getattr(good, kind).items():
+        for name, noted in getattr(good, kind).items():
             prefix = {"gradients": "gradient of", "weights": "weight"}.get(kind, "activation")
-            changed = sketch.copy()
-            changed[..., :-1] += 1e-6 * np.sqrt(sketch[..., -1:])
+            changed = noted.copy()
+            changed[..., :-1] += 1e-6 * np.sqrt(noted[..., -1:])
             spoilt.append((f"{prefix} {name}", replace(good, **{kind: getattr(good, kind) | {name: changed}})))
     assert len(spoilt) == 5 + 4 + 12 + 21 + 21
     for what, step in spoilt:
         run_of_one = [replace(reference[0], steps=[reference[0].steps[0], step])]
         beyond = [d for d in compare(reference, run_of_one, BOUND) if d.size > BOUND]
         assert [(d.step, d.what) for d in beyond] == [(2, what)]
+    end = reference[0].end
+    ends: list[tuple[tuple[int | str, str], EndRecord]] = [
+        (("validation", "set"), replace(end, validation_set=end.validation_set + "0")),
+        (("validation", "set"), replace(end, num_rows=7)),
+        (("validation", "loss"), replace(end, loss=end.loss * (1 + 1e-8))),
+    ]
+    for token, prompt in np.ndindex(end.logits.shape[:2]):
+        logits = end.logits.copy()
+        logits[token, prompt, :-1] += 1e-6 * np.sqrt(logits[token, prompt, -1])
+        ends.append((("generation", f"logits of new token {token + 1}"), replace(end, logits=logits)))
+    for named, changed_end in ends:
+        beyond = [d for d in compare(reference, [replace(reference[0], end=changed_end)], BOUND) if d.size > BOUND]
+        assert [(d.step, d.what) for d in beyond] == [named]
 
 
 def test_a_run_that_ends_earlier_is_no_equal(config_file: Path) -> None:
@@ -275,15 +396,15 @@ def test_sketches_tell_how_far_tensors_are_apart(kind: str, shape: tuple[int, in
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = change(kind, x)
     true = ((x - y).norm() / x.norm()).item()
-    sketches = [_sketch(t, _random(shape[0], "rows", t.device)).numpy() for t in (y, x)]
+    sketches = [sketch(t, random_tensor(shape[0], "rows", t.device)).numpy() for t in (y, x)]
     assert true / 4 < relative_difference(*sketches).item() < 4 * true
 
 
 def test_sketches_of_parts_of_a_sequence_add_up() -> None:
     x = torch.randn(3, 16, 5, dtype=torch.float64)
-    rows = _random(16, "rows", x.device)
-    parts = [_sketch(x[:, i : i + 4], rows[i : i + 4]) for i in range(0, 16, 4)]
-    assert torch.allclose(torch.stack(parts).sum(0), _sketch(x, rows), rtol=1e-13, atol=0)
+    rows = random_tensor(16, "rows", x.device)
+    parts = [sketch(x[:, i : i + 4], rows[i : i + 4]) for i in range(0, 16, 4)]
+    assert torch.allclose(torch.stack(parts).sum(0), sketch(x, rows), rtol=1e-13, atol=0)
 
 
 def test_zeros_and_what_is_not_a_number() -> None:
@@ -336,6 +457,9 @@ def test_a_layout_is_the_users_config_and_its_own_degrees(config_file: Path) -> 
         assert (config.training.seed, config.training.deterministic, config.model.dim) == (5, False, 32)
         assert config.training.dtype == config.training.mixed_precision_param == "float64"
         assert config.job.dump_folder.startswith("/nowhere/")
+    held = ["--data.held_out_fraction=0.5", "--validation.enable=true", "--validation.sample_prompts=the model"]
+    samples = read_layouts("1x1,1x2", [*arguments, *held], Path("/nowhere"), float64=True)[1].config.validation
+    assert (samples.enable, samples.sample_prompts) == (True, ())
     own = read_layouts("1x1,1x1", [*arguments, "--training.dtype", "float32"], Path("/nowhere"), float64=False)
     assert own[0].config.training.mixed_precision_param == "auto"
 
@@ -398,6 +522,10 @@ def test_the_verb_prints_a_table_and_leaves_nothing_behind(config_file: Path) ->
         assert float(row[2]) == pytest.approx(expected.loss, rel=1e-12)
         assert float(row[4]) < 1e-12
         assert float(row[5]) > 1e-6
+    for start in ("validation: loss ", "generation: "):
+        row = next(line.split() for line in table if line.startswith(start))
+        assert float(row[-2]) < 1e-12
+        assert float(row[-1]) > 1e-9
     left = {path.name for path in set(config_file.parent.rglob("*")) - before}
     assert {name for name in left if not name.startswith("torchinductor")} == {"tmp"}  # torch's own cache
 
@@ -453,4 +581,4 @@ def test_the_shipped_config_on_eight_layouts(tmp_path: Path) -> None:
     config = Path(__file__).parent.parent / "train_configs/debug.toml"
     done = verb(config, "--layouts", ",".join(layouts))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "all 9 layouts agree within 1e-09 in all 20 steps"
+    assert done.stdout.splitlines()[-1] == "all 9 layouts agree within 1e-09 in all 20 steps, validation and generation"

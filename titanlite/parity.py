@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Run the first steps of a config under each layout, on ranks that this command starts itself, and compare them with the
 first layout, on every rank and in the order of computation: initial weights; then at each step the batch, document
-starts, positions, hidden states, loss, every gradient, gradient norm and every weight. The table shows the largest
-relative difference of a step: the norm of a tensor's difference over the norm of the tensor, estimated from 8 random
-projections. Where something differs by more than the bound, the first such tensor is named.
+starts, positions, hidden states, loss, every gradient, gradient norm and every weight. With the last step's weights follow
+  validation  The set's documents, targets and bytes, and the loss summed over as many of its rows as a step has. It is
+              [validation]'s set, but at most 100 documents of each source; without validation.enable, of the corpus.
+  generation  Pieces of a row as prompts of different length, continued in one batch with a KV cache: the logits of 4
+              tokens behind each. The weights are gathered into a second model, as generation has it: tensor-parallel
+              as the layout, not compiled.
+The table shows the largest relative difference of each: the norm of a tensor's difference over the norm of the tensor,
+estimated from 8 random projections. Where something differs by more than the bound, the first such tensor is named.
 
 Nothing is written into the run folder, and no checkpoint is read but checkpoint.init_from.
 Exit code 0: all layouts agree within the bound. 1: one differs, fails or hangs, and a line says which.
@@ -72,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     for problem in problems:
         print(f"titanlite: {problem}", file=sys.stderr)
     if reference and not problems:
-        print(f"all {len(outcomes)} layouts agree within {options.bound:g} in all {len(reference[0].steps)} steps")
+        steps = f"all {len(reference[0].steps)} steps, validation and generation"
+        print(f"all {len(outcomes)} layouts agree within {options.bound:g} in {steps}")
     return 1 if problems else 0
 
 
@@ -216,11 +222,20 @@ def table(outcomes: list[Outcome], reference: "Run") -> str:
         lines.append(lead + (f"{largest.size:.1e} {largest.place}" if largest.size else "none"))
     columns = "".join(f"{number:9}" for number in range(1, len(outcomes) + 1))
     lines += ["", f"step  batch             {'loss':16}  {'gradient norm':16}{columns}"]
-    for step, expected in enumerate(reference[0].steps, 1):
+    rows: list[tuple[int | str, str]] = [
+        (step, f"{step:4}  {expected.fingerprint}  {expected.loss:<16.13g}  {expected.grad_norm:<16.13g}")
+        for step, expected in enumerate(reference[0].steps, 1)
+    ]
+    end = reference[0].end
+    prompts = f"{len(end.lengths)} prompts of {min(end.lengths):,} to {max(end.lengths):,}"
+    rows += [
+        ("validation", f"validation: loss {end.loss:.13g}, summed over {end.num_rows:,} rows"),
+        ("generation", f"generation: {len(end.logits)} tokens behind {prompts}"),
+    ]
+    for step, text in rows:
         sizes = [max((d.size for d in o.differences if d.step == step), default=None) for o in outcomes]
         shown = "".join(f"{'-' if size is None else f'{size:.1e}' if size else '0':>9}" for size in sizes)
-        numbers = f"{expected.loss:<16.13g}  {expected.grad_norm:<16.13g}"
-        lines.append(f"{step:4}  {expected.fingerprint}  {numbers}{shown}")
+        lines.append(f"{text:<58}{shown}")
     return "\n".join(lines)
 
 

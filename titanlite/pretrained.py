@@ -44,6 +44,7 @@ def load_model(
     of the config's, whose fingerprint it must have. Raises RunFailed or CheckpointError, the same on all ranks, in one
     line that names file or folder and fix.
     """
+    assert mesh.dp_degree == 1, mesh.describe
     checkpointer = Checkpointer(checkpoint, keep_latest_k=0, async_save=False)
     refused: dict[str, str] = {}
     while True:
@@ -56,7 +57,7 @@ def load_model(
         with agreed():
             config = config_of(path, meta)
             tokenizer = tokenizer_of(path, meta, config, tokenizer_path)
-            model = _empty_model(config, mesh)
+            model = empty_model(config, mesh)
         weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
         try:
             checkpointer.load(path, weights, prefix="model.")
@@ -119,9 +120,8 @@ def tokenizer_of(path: str, meta: dict[str, Any], config: Config, tokenizer_path
     return tokenizer
 
 
-def _empty_model(config: Config, mesh: Mesh) -> Llama:
-    """On the mesh's device, in the type that the checkpoint has, without weights."""
-    assert mesh.dp_degree == 1, mesh.describe
+def empty_model(config: Config, mesh: Mesh) -> Llama:
+    """A model to generate with, without weights: on the mesh's device, over its tp axis, in the checkpoint's type."""
     tp = mesh.tp.size()
     _check_divisible(config.model, tp)
     with torch.device("meta"):

@@ -1,1 +1,1 @@
-"""Parity's parts: layouts, launch (of ranks), recording (what each computes), comparison (with the first layout)."""
+"""Parity's parts: layouts, launch (of ranks), recording (of steps), ending (behind the last), sketches, comparison."""

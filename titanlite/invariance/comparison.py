@@ -11,7 +11,9 @@ from itertools import groupby
 
 import numpy as np
 
-from titanlite.invariance.recording import RankRecord, Sketches, StepRecord
+from titanlite.invariance.ending import EndRecord
+from titanlite.invariance.recording import RankRecord, StepRecord
+from titanlite.invariance.sketches import Sketches
 
 Run = list[RankRecord]
 
@@ -20,8 +22,8 @@ Run = list[RankRecord]
 class Difference:
     """How far one quantity of a run is from the reference's."""
 
-    step: int
-    """0: before the first step."""
+    step: int | str
+    """0: before the first step. "validation" and "generation": behind the last one."""
     what: str
     where: str
     """Rows or ranks that lie beyond the bound; empty where none does."""
@@ -31,6 +33,8 @@ class Difference:
     @property
     def place(self) -> str:
         """Step and quantity, for people."""
+        if isinstance(self.step, str):
+            return f"in {self.step}, {self.what}"
         return f"{f'at step {self.step}' if self.step else 'before step 1'}, {self.what}"
 
     def __str__(self) -> str:
@@ -65,6 +69,18 @@ def compare(reference: Run, run: Run, bound: float) -> Iterator[Difference]:
             )
     if len(run[0].steps) != num_steps:
         yield Difference(min(len(run[0].steps), num_steps) + 1, "end of the data", "", np.inf)
+    yield from _compare_ends(reference[0].end, [rank.end for rank in run], bound)
+
+
+def _compare_ends(expected: EndRecord, ends: list[EndRecord], bound: float) -> Iterator[Difference]:
+    same_set = [(end.validation_set, end.num_rows) == (expected.validation_set, expected.num_rows) for end in ends]
+    yield _by_rank("validation", "set", np.where(same_set, 0.0, np.inf), bound)
+    yield _by_rank("validation", "loss", _relative_scalars([end.loss for end in ends], expected.loss), bound)
+    for token, sketches in enumerate(expected.logits):
+        sizes = relative_difference(np.stack([end.logits[token] for end in ends]), sketches)  # [ranks, prompts]
+        ranks, prompts = (np.flatnonzero((sizes > bound).any(axis)) for axis in (1, 0))
+        where = f"{listed('prompt', prompts + 1)} ({listed('rank', ranks)})" if len(ranks) else ""
+        yield Difference("generation", f"logits of new token {token + 1}", where, float(sizes.max()))
 
 
 def _compare_rows(
@@ -116,7 +132,7 @@ def _over(difference: np.ndarray, norm: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(size), size, np.inf)
 
 
-def _by_rank(step: int, what: str, sizes: np.ndarray, bound: float) -> Difference:
+def _by_rank(step: int | str, what: str, sizes: np.ndarray, bound: float) -> Difference:
     where = listed("rank", np.flatnonzero(sizes > bound))
     return Difference(step, what, where, float(sizes.max()))
 

@@ -42,9 +42,9 @@ def read_layouts(text: str, arguments: list[str], folder: Path, *, float64: bool
     ours = ["--training.deterministic=true"]  # the user's arguments come later, and win
     if float64:
         ours += [f"--{key}=float64" for key in DTYPE_KEYS]
-    unread = ["checkpoint.enable", "validation.enable", "metrics.enable_tensorboard", "profiling.enable_profiling"]
+    unread = ["checkpoint.enable", "metrics.enable_tensorboard", "profiling.enable_profiling"]
     ours_at_last = [f"--{key}=false" for key in (*unread, "profiling.enable_memory_snapshot")]
-    ours_at_last.append("--checkpoint.resume=auto")
+    ours_at_last += ["--checkpoint.resume=auto", "--validation.sample_prompts="]
     layouts = []
     for number, text in enumerate(texts):
         try:

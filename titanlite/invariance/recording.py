@@ -1,9 +1,5 @@
 """What a rank notes of a run, so that runs on different layouts can be compared: sketches of tensors, and digests.
 
-A sketch holds a tensor's inner products with NUM_PROJECTIONS random tensors and its squared norm. The inner products of
-a difference of two tensors have its norm as their root mean square, so two runs are compared tensor by tensor without
-keeping either: a difference stays unseen only if it is at right angles to every random tensor.
-
 The real job runs, of which nothing is replaced. Hooks keep references inside a block and compute outside of it, where
 neither activation checkpointing nor a compiler looks.
 """
@@ -11,25 +7,23 @@ neither activation checkpointing nor a compiler looks.
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
-from titanlite.config import Config
+from titanlite.config import Config, ValidationConfig
+from titanlite.invariance.ending import EndRecord, note_end
+from titanlite.invariance.sketches import Sketches, random_tensor, sketch, sketch_parameter, whole_tensor
 from titanlite.job import Job, Step
 from titanlite.model import Documents
 from titanlite.runtime import RunFailed
 from titanlite.trainer import StepResult, Trainer
 
-NUM_PROJECTIONS = 8
 IN_BLOCK = ("attention_norm", "attention", "ffn_norm", "feed_forward")
 PARTS = (*IN_BLOCK[:3], "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")  # IN_BLOCK, as it is computed
-
-Sketches = dict[str, np.ndarray]
-"""By name, in the order of computation: float64 [..., NUM_PROJECTIONS + 1], the squared norm last."""
 
 
 @dataclass(frozen=True)
@@ -57,29 +51,35 @@ class RankRecord:
     tp_rank: int
     initial: dict[str, str]
     """A digest of the bits of every parameter, whole, before the first step; in the order of computation."""
-    steps: list[StepRecord] = field(default_factory=list)
+    steps: list[StepRecord]
+    end: EndRecord
 
 
 def record(config: Config, steps: int, progress: Callable[[int], None] = lambda step: None) -> RankRecord:
-    """Run the first `steps` steps of a job on this rank, fewer where the data end. Collective.
+    """Run the first `steps` steps of a job on this rank, fewer where the data end, then validate and generate.
 
-    `progress` hears of each. Raises RunFailed as a job does, and when it was asked to stop.
+    Collective. `progress` hears of each step. Raises RunFailed as a job does, and when it was asked to stop.
     """
-    with Job(config) as job:
+    made: list[StepRecord] = []
+    with Job(replace(config, validation=ValidationConfig())) as job:
         recorder = Recorder(job.trainer, config)
-        result = RankRecord(job.mesh.dp_rank, job.mesh.tp.get_local_rank(), recorder.digests())
+        initial = recorder.digests()
         progress(0)
         while job.trainer.step < steps:
             step = job.next_step()
             if step is None:
                 if job.stop.received:
                     raise RunFailed(f"stopped by {job.stop.received}")
+                if not made:
+                    raise RunFailed("the data end before the first step")
                 break
             outcome = job.trainer.train_step(step.rows, step.num_targets)
-            result.steps.append(recorder.step(step, outcome))
+            made.append(recorder.step(step, outcome))
             job.finish_step(step, outcome)
             progress(job.trainer.step)
-    return result
+            rows = step.rows
+        end = note_end(job, config, rows)
+        return RankRecord(job.mesh.dp_rank, job.mesh.tp.get_local_rank(), initial, made, end)
 
 
 class Recorder:
@@ -109,7 +109,7 @@ class Recorder:
 
     def digests(self) -> dict[str, str]:
         return {
-            name: hashlib.blake2b(_whole(p).cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+            name: hashlib.blake2b(whole_tensor(p).cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
             for name, p in self._parameters()
         }
 
@@ -126,7 +126,7 @@ class Recorder:
             loss=result.loss.item(),
             gradients=gradients,
             grad_norm=result.grad_norm.item(),
-            weights={name: _sketch_parameter(p) for name, p in self._parameters()},
+            weights={name: sketch_parameter(p) for name, p in self._parameters()},
         )
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -141,7 +141,7 @@ class Recorder:
     @torch.no_grad()
     def _note_gradients(self) -> None:
         for name, p in reversed(self._parameters()):  # None: nothing reached it
-            self._gradients[name] = _sketch_parameter(torch.zeros_like(p) if p.grad is None else p.grad)
+            self._gradients[name] = sketch_parameter(torch.zeros_like(p) if p.grad is None else p.grad)
 
     @torch.no_grad()
     def _note_documents(self, model: nn.Module, arguments: tuple[Tensor, Documents]) -> None:
@@ -173,42 +173,5 @@ class Recorder:
 
     def _note(self, notes: dict[str, list[Tensor]], name: str, x: Tensor, first: int = 0) -> None:
         """Sketch each row of x [B, S, D]; of a part of the sequence, with the position where it begins."""
-        rows = _random(self._seq_len, "rows", x.device)[first : first + x.shape[1]]
-        notes.setdefault(name, []).append(_sketch(x.detach(), rows))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The tensor as one process would hold it. From each replica's own shards, so that replicas can be told apart."""
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor
-    placements = list(tensor.placements)
-    for axis in range(len(placements)):  # the inner split first, which is FSDP2's; full_tensor() would warn of both
-        placements[axis] = Replicate()
-        tensor = tensor.redistribute(placements=placements)
-    return tensor.to_local()
-
-
-def _sketch_parameter(parameter: Tensor) -> np.ndarray:
-    whole = _whole(parameter)
-    matrix = whole.reshape(len(whole), -1)
-    return _sketch(matrix, _random(len(matrix), "rows", matrix.device)).cpu().numpy()
-
-
-def _sketch(x: Tensor, rows: Tensor) -> Tensor:
-    """x [..., R, C] and rows [R, NUM_PROJECTIONS] -> [..., NUM_PROJECTIONS + 1].
-
-    Random tensor k is rows[:, k] times columns[:, k]: products of entries with mean 0 and variance 1 have them too.
-    """
-    x = x.double()
-    projections = ((x @ _random(x.shape[-1], "columns", x.device)) * rows).sum(-2)
-    return torch.cat([projections, x.square().sum((-2, -1)).unsqueeze(-1)], dim=-1)
-
-
-@functools.cache
-def _random(length: int, axis: str, device: torch.device) -> Tensor:
-    """Normal numbers [length, NUM_PROJECTIONS], the same in every process."""
-    if length == 1:
-        return torch.ones(1, NUM_PROJECTIONS, dtype=torch.float64, device=device)
-    generator = torch.Generator().manual_seed(2 * length + (axis == "rows"))
-    return torch.randn(length, NUM_PROJECTIONS, dtype=torch.float64, generator=generator).to(device)
+        rows = random_tensor(self._seq_len, "rows", x.device)[first : first + x.shape[1]]
+        notes.setdefault(name, []).append(sketch(x.detach(), rows))
