@@ -3,16 +3,20 @@
 Kills at any file operation of a save are in test_checkpoint_faults.py, what ranks agree on is in test_checkpoint.py.
 """
 
+import ctypes
 import io
 import json
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +25,7 @@ import pytest
 import torch
 
 from tests.gloo import ranks
+from tests.lives import lives
 from tests.test_checkpoint import disk_full_on, error_of, log_lines, make, state
 from tests.test_checkpoint_faults import cut, empty, flip, seal
 from tests.tiny_run import fingerprints, metrics, state_of, write_config
@@ -254,6 +259,81 @@ def test_a_save_that_fails_on_one_rank_stops_all_of_them(tmp_path: Path, mode: s
     assert verify.main(["checkpoint", str(tmp_path / "run")]) == 0
     assert ranks(2).run(main, ["--job.config_file", str(config)]) == [0, 0]
     assert list(fingerprints(tmp_path / "run")) == list(range(1, 9))
+
+
+def _mount(*arguments: Any) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(*arguments, None):
+        raise OSError(ctypes.get_errno(), "mount")
+
+
+def _read_only(folder: Path) -> None:
+    """For this process alone, which is in a mount namespace of its own."""
+    path, bind, remount, locked = bytes(folder), 4096, 32, 2 + 4 + 8  # nosuid, nodev, noexec are not ours to lift
+    _mount(path, path, None, bind)
+    _mount(None, path, None, bind | remount | os.ST_RDONLY | os.statvfs(folder).f_flag & locked)
+
+
+def _small_files(_: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))  # a shard has more, a log less
+
+
+def _cannot_write_from_step_4(rank: int, end: Callable[[Path], None]) -> None:
+    if rank == 0:
+        return
+    if end is _read_only:
+        new_user, new_mounts = 0x10000000, 0x20000
+        assert ctypes.CDLL(None).unshare(new_user | new_mounts) == 0
+    right = Job.finish_step
+
+    def finish_step(self: Job, step: Step, result: StepResult) -> None:
+        if self.trainer.step == 4:
+            end(self.folder / "checkpoint")
+        right(self, step, result)
+
+    Job.finish_step = finish_step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [(_read_only, "[Errno 30] Read-only file system: "), (_small_files, "[Errno 27] File too large")],
+    ids=["permission", "quota"],
+)
+def test_a_rank_that_may_not_write_any_more_fails_the_async_save_on_all(
+    finished: Path, tmp_path: Path, end: Callable[[Path], None], told: str
+) -> None:
+    """In processes of their own, as torchrun starts them. Permission: the folder of checkpoints becomes read-only for
+    rank 1, by a mount, since no mode keeps root out. Quota: the kernel's limit of a file's size stands for one of a
+    user, as few machines let a test set; the same calls fail, with EFBIG instead of EDQUOT."""
+    if end is _read_only and not _private_tmpfs():
+        pytest.skip("a folder is mounted in a user namespace (unshare -rm), which this machine does not allow")
+    config = write_config(
+        tmp_path,
+        paths=str(finished / "corpus/*.txt"),
+        checkpoint__interval=2,
+        checkpoint__async_mode="async",
+        checkpoint__keep_latest_k=0,
+        **CONSTANT,
+    )
+    with lives(tmp_path) as job:
+        life = job.start(2, config, fault=partial(_cannot_write_from_step_4, end=end))
+        assert life.wait() == [1, 1]
+        said = f"checkpoint step 4 not saved: rank 1: {told}"
+        logs = [life.log(rank).splitlines() for rank in range(2)]
+        for lines in logs:
+            assert [line for line in lines if said in line]
+            assert "Traceback" not in "\n".join(lines)
+            assert saved(lines, "committed") == ["2"]
+        assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("failed", 6)  # told before the next save
+        assert said in status(tmp_path)["reason"]
+        assert names(tmp_path / "run/checkpoint") == ["step-00000002"]
+        assert job.start(2, config).wait() == [0, 0]
+    assert fingerprints(tmp_path / "run") == fingerprints(finished / "run")
+    (tmp_path / "left").mkdir()
+    expected = state_of(finished / "run/checkpoint" / NEWEST, tmp_path / "left")
+    for name, tensor in state_of(tmp_path / "run/checkpoint" / NEWEST, tmp_path).items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
