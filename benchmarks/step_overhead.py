@@ -21,10 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from benchmarks.common import circumstances, publish
@@ -40,6 +41,7 @@ from titanlite.config import (
 )
 from titanlite.job import Job
 from titanlite.model import Documents, Llama, build_documents, labels, num_parameters
+from titanlite.trainer import param_dtype
 
 BOUND = 1.05
 THREADS = 2
@@ -56,7 +58,7 @@ class BareModel(nn.Module):
 
     def forward(self, tokens: Tensor, documents: Documents, targets: Tensor) -> Tensor:
         logits = self.llama.output(self.llama(tokens, documents))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 class BareLoop:
@@ -64,12 +66,13 @@ class BareLoop:
 
     def __init__(self, config: Config, like: Llama, eos_id: int, backend: str) -> None:
         self.config, self.eos_id, self.backend = config, eos_id, backend
-        mesh = init_device_mesh("cpu", (1,))
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype(config, "cpu"))
         with torch.device("meta"):
             self.model = BareModel(Llama(config.model))
         for block in self.model.llama.layers.values():
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(self.model, mesh=mesh, mp_policy=policy)
         self.model.to_empty(device="cpu")
         with torch.no_grad():
             for mine, theirs in zip(self.model.parameters(), like.parameters(), strict=True):

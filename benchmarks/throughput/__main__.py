@@ -1,0 +1,61 @@
+"""titanlite's tokens per second beside its peers and its floors: python -m benchmarks.throughput [--quick] [--out FILE]
+
+All contenders train the same LLaMA (dim 256, 6 layers, 8 heads, 4 key-value heads, SwiGLU 768, vocabulary 8192, untied:
+8.9 M parameters) with AdamW and clipping on the same rows, step by step in turn within one process, on the CPU with two
+threads. All start from the same weights, and their first losses are compared. Peers: transformers (a plain loop, one
+that knows the documents, and its Trainer), litgpt, torchtitan's model. Floors: a bare FSDP2 loop around titanlite's
+model (it only makes a step), the matrix products alone, and those with the attention that the documents need.
+Peak memory is of a process of its own for each.
+
+Peers come with `pip install titanlite[benchmarks]`; one that is missing or fails is reported with its error.
+Exit code 1: a bound is missed by more than the noise: the better quartile of the ratios of the rounds misses it too.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.common import publish
+from benchmarks.throughput.measure import contenders_of, peak_bytes, run_case
+from benchmarks.throughput.report import Results, bounds, report
+from benchmarks.throughput.work import Case
+
+QUICK = [
+    Case(2048, None),
+    Case(2048, 300),
+    Case(2048, 300, "bfloat16"),
+    Case(8192, 300),
+]
+FULL = [
+    *(
+        Case(length, mean, dtype)
+        for dtype in ("float32", "bfloat16")
+        for length in (2048, 8192)
+        for mean in (None, 100, 300, 1000)
+    ),
+    *(Case(2048, mean, dtype, processes=2) for dtype in ("float32", "bfloat16") for mean in (None, 300)),
+    *(Case(2048, None, dtype, compiled=True) for dtype in ("float32", "bfloat16")),
+]
+WEIGHED = Case(2048, None)
+
+
+def main() -> int:
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser.add_argument("--quick", action="store_true", help="four cases, five rounds: under 5 minutes on 2 cores")
+    parser.add_argument("--rounds", type=int, help="counted steps of each contender (default 9; 5 if quick)")
+    parser.add_argument("--only", default="", help="cases whose name holds this text")
+    parser.add_argument("--out", type=Path, help="write the report there too")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds or (5 if arguments.quick else 9)
+    if rounds < 2:
+        parser.error(f"--rounds {rounds}: quartiles need 2 or more")
+    cases = [case for case in (QUICK if arguments.quick else FULL) if arguments.only in case.name]
+    results = Results(rounds, {case: run_case(case, rounds) for case in cases})
+    results.memory = {name: peak_bytes(WEIGHED, name) for name in contenders_of(WEIGHED) if "GEMMs" not in name}
+    publish(report(results, " ".join(["python -m benchmarks.throughput", *sys.argv[1:]])), arguments.out)
+    return 1 if any(bound.missed for bound in bounds(results)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
