@@ -114,6 +114,7 @@ def naively(config: Config) -> tuple[EndRecord, float, np.ndarray]:
     @torch.no_grad()
     def sum_of_losses(model: Llama, rows: Tensor, mesh: Mesh, eos_id: int, *rest: Any) -> float | None:
         total = 0.0
+        assert rows.shape[0] * rows.shape[1] == 8  # a step's, of more
         for row in rows.flatten(0, 1).long().split(1):
             logits = model.output(model(row[:, :-1], build_documents(row[:, :-1], eos_id, "dense")))
             total += F.cross_entropy(logits[0], labels(row, eos_id)[0], reduction="sum").item()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Run the first steps of a config under each layout, on ranks that this command starts itself, and compare them with the
 first layout, on every rank and in the order of computation: initial weights; then at each step the batch, document
-starts, positions, hidden states, loss, every gradient, gradient norm and every weight. With the last step's weights follow
+starts, positions, hidden states, loss, every gradient, gradient norm and every weight. Then, with the last weights:
   validation  The set's documents, targets and bytes, and the loss summed over as many of its rows as a step has. It is
               [validation]'s set, but at most 100 documents of each source; without validation.enable, of the corpus.
   generation  Pieces of a row as prompts of different length, continued in one batch with a KV cache: the logits of 4
