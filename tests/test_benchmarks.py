@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention
+from benchmarks import attention, gpu
 from benchmarks.step_overhead import Seconds
 from benchmarks.throughput.floors import HEAD_CHUNK, Gemms
-from benchmarks.throughput.measure import Times, run_case
+from benchmarks.throughput.measure import Times, in_processes, run_case
 from benchmarks.throughput.report import Bound, Results, bounds, report
 from benchmarks.throughput.work import EOS, MODEL, Case, document_lengths, rows_of
 from titanlite.config import ModelConfig
@@ -118,3 +118,14 @@ def test_attention_is_measured_in_every_way() -> None:
     calls, masks = attention.measure("cpu", [256], rounds=2)
     assert calls.count("\n") == 1 + 4 * 2  # header, rule, four kinds of documents in two number formats
     assert masks.count("\n") == 1 + 4
+
+
+def test_the_program_for_a_gpu_runs_on_a_tiny_shape() -> None:
+    case = Case(64, 20, "bfloat16", model=replace(TINY, tie_embeddings=True), threads=1)
+    for entry in gpu.entries(case):
+        if entry.title in ("- chunk of the loss / 4", "transformers"):
+            runs = [in_processes(entry.case, gpu.measure, (entry, 2))]
+            assert isinstance(runs[0], gpu.Figures), runs
+            assert len(runs[0].seconds) == 2
+            assert 1 < runs[0].attended < 64
+            assert gpu.line(entry, runs, 1e12).count("|") == 9

@@ -58,15 +58,15 @@ def contenders_of(case: Case) -> tuple[str, ...]:
 
 def run_case(case: Case, rounds: int) -> dict[str, Times]:
     """Times of each contender of a case, in one process per rank that all of them share."""
-    return _in_processes(case, _race, rounds)
+    return in_processes(case, _race, rounds)
 
 
 def peak_bytes(case: Case, name: str) -> int | str:
     """Memory that a contender's process takes for its model, optimiser and three steps, at most; or its error."""
-    return _in_processes(replace(case, processes=1), _weigh, name)
+    return in_processes(replace(case, processes=1), _weigh, name)
 
 
-def _in_processes(case: Case, work: Callable[[Case, Any], Any], argument: object) -> Any:
+def in_processes(case: Case, work: Callable[[Case, Any], Any], argument: object) -> Any:
     """What work(case, argument) returns on rank 0 of new processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama", "transformers.trainer"])
@@ -97,7 +97,9 @@ def _rank(
     torch.set_num_threads(case.threads // case.processes)
     # No RANK and the like in the environment: by them the Trainer would wrap the model of a single rank too.
     store = dist.TCPStore("127.0.0.1", port, case.processes, is_master=rank == 0)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=case.processes)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if case.device == "cuda" else "gloo", store=store, rank=rank, world_size=case.processes
+    )
     result = work(case, argument)
     if rank == 0:
         sender.send(result)

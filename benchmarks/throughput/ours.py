@@ -30,7 +30,7 @@ def config_of(case: Case) -> Config:
         ),
         optimizer=OptimizerConfig(lr=LR, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY),
         lr_scheduler=LrSchedulerConfig(decay_ratio=0.0),
-        activation_checkpoint=ActivationCheckpointConfig(mode="none"),
+        activation_checkpoint=ActivationCheckpointConfig(mode=case.activation_checkpoint),
         compile=CompileConfig(enable=case.compiled),
     )
 
@@ -38,15 +38,16 @@ def config_of(case: Case) -> Config:
 class Titanlite:
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.trainer = Trainer(config_of(case), build_mesh("cpu", 1, case.processes, 1), EOS)
+        self.trainer = Trainer(config_of(case), build_mesh(case.device, 1, case.processes, 1), EOS)
 
     def step(self, rows: Tensor) -> Tensor:
         num_targets = int((labels(rows, EOS) >= 0).sum()) * self.case.processes
         return self.trainer.train_step(rows, num_targets).loss
 
     def weights(self) -> dict[str, Tensor]:
-        """Full weights by titanlite's names, for the others to start from. Collective."""
-        return {name: p.detach().full_tensor().clone() for name, p in self.trainer.model.named_parameters()}  # type: ignore[attr-defined]
+        """Full weights by titanlite's names, a tied one under both, for the others to start from. Collective."""
+        parameters = self.trainer.model.named_parameters(remove_duplicate=False)
+        return {name: p.detach().full_tensor().cpu().clone() for name, p in parameters}  # type: ignore[attr-defined]
 
 
 class Bare:

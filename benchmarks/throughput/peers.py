@@ -29,6 +29,7 @@ class Loop:
 
     def __init__(self, case: Case, model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor]) -> None:
         self.case, self.loss = case, loss
+        model.to(case.device)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -38,7 +39,7 @@ class Loop:
 
     def step(self, rows: Tensor) -> Tensor:
         with self.case.autocast:
-            loss = self.loss(self.model, rows)
+            loss = self.loss(self.model, rows.to(self.case.device, non_blocking=True))
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
@@ -60,7 +61,7 @@ def _hugging_face_model(case: Case) -> nn.Module:
         max_position_embeddings=case.seq_len,
         rms_norm_eps=model.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-        tie_word_embeddings=False,
+        tie_word_embeddings=model.tie_embeddings,
         use_cache=False,
     )
     result: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
@@ -227,6 +228,7 @@ def torchtitan(case: Case) -> Loop:
             in_features=ours.dim, out_features=ours.vocab_size, param_init=llama3._output_linear_init(ours.dim)
         ),
         layers=layers,
+        enable_weight_tying=ours.tie_embeddings,
     ).build()
     model.init_states(buffer_device=torch.device("cpu"))
     weights, theirs = Titanlite(case).weights(), {}

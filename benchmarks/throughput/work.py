@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ class Case:
     compiled: bool = False
     model: ModelConfig = MODEL
     threads: int = 2
+    device: str = "cpu"
+    activation_checkpoint: Literal["none", "selective", "full"] = "none"
+    """Of titanlite; the peers keep all activations."""
 
     @property
     def rows(self) -> int:
@@ -49,7 +52,7 @@ class Case:
     @property
     def autocast(self) -> Any:
         """What the loops that are written by hand compute under."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16")
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16")
 
 
 class Contender(Protocol):
