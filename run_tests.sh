@@ -11,5 +11,6 @@ export HF_HUB_OFFLINE=1
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the processes and their ranks share the cores
 # Two processes, each with ranks of its own: much of the suite waits for processes to start. -n 0 takes one.
 exec "$python" -m pytest --numprocesses=2 --dist=loadfile "$@"

@@ -150,7 +150,11 @@ def write_bad(folder: Path, kind: str) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize(
     ("kind", "reader"),
-    [("txt", "auto"), ("jsonl", "auto"), ("jsonl", "cached"), ("jsonl.gz", "auto"), ("parquet", "auto")],
+    [
+        ("jsonl", "auto"),
+        ("jsonl", "cached"),
+        *(pytest.param(kind, "auto", marks=pytest.mark.slow) for kind in ("txt", "jsonl.gz", "parquet")),
+    ],
 )
 def test_bad_records_of_every_kind_stop_a_run_or_are_named_and_counted(
     kind: str, reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
+from tests.cases import some_quick
 from tests.gloo import ranks
 from tests.test_checkpoint import error_of, log_lines, make, save, state, verify
 from titanlite.checkpoint import CheckpointError, DamagedCheckpoint
@@ -64,20 +65,28 @@ def link(file: Path) -> None:
     file.symlink_to(file.parent.parent / f"moved-{file.name}")
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (cut, "has .* bytes"),
-        (empty, "has 0 bytes"),
-        (flip, "checksum"),
-        (link, "not a plain file"),
-        (os.unlink, "missing"),
-    ],
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut off": (cut, "has .* bytes"),
+    "emptied": (empty, "has 0 bytes"),
+    "flipped": (flip, "checksum"),
+    "a link": (link, "not a plain file"),
+    "removed": (os.unlink, "missing"),
+}
+FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json")
+DAMAGED = [f"{name}, {how}" for name in FILES for how in DAMAGES]
+QUICK = (
+    "__0_0.distcp, cut off",
+    "__1_0.distcp, removed",
+    ".metadata, flipped",
+    ".metadata, a link",
+    "manifest.json, emptied",
 )
-@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json"])
-def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(
-    tmp_path: Path, good: Path, name: str, damage: Callable[[Path], None], reason: str
-) -> None:
+
+
+@pytest.mark.parametrize("case", some_quick(DAMAGED, *QUICK))
+def test_a_damaged_file_is_named_and_the_older_checkpoint_taken(tmp_path: Path, good: Path, case: str) -> None:
+    name, _, how = case.partition(", ")
+    damage, reason = DAMAGES[how]
     folder = tmp_path / "checkpoint"
     shutil.copytree(good, folder)
     damage(folder / NEWEST / name)
@@ -445,8 +454,8 @@ def _in_driver(function: Callable[..., None], *args: Any) -> Any:
 @pytest.mark.parametrize(
     ("async_save", "stride", "power"),
     [
-        (False, 5, False),
         (False, 5, True),
+        pytest.param(False, 5, False, marks=pytest.mark.slow),
         *(pytest.param(a, 1, p, marks=pytest.mark.slow) for a in (False, True) for p in (False, True)),
     ],
 )

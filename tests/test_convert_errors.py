@@ -269,6 +269,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_it_works_without_hugging_faces_packages(run: Path, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for argv in (["to-hf", str(run), "hf"], ["from-hf", "hf", "ours"]):

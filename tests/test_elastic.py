@@ -455,7 +455,7 @@ def run_until(end: dict[str, Any], num_ranks: int, *options: str) -> None:
     assert {key: status[key] for key in ("state", "step", "reason")} == {"state": "finished", **end}
 
 
-@pytest.mark.parametrize("packing", ["split", "best_fit"])
+@pytest.mark.parametrize("packing", ["split", pytest.param("best_fit", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "layouts",
     [[(1, ())], pytest.param([(2, ()), (4, (TP,)), (4, ())], marks=[pytest.mark.slow, pytest.mark.timeout(900)])],

@@ -336,7 +336,7 @@ def test_a_rank_that_may_not_write_any_more_fails_the_async_save_on_all(
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "async"])
 def test_training_goes_on_after_a_failed_save_where_that_is_configured(
     finished: Path, tmp_path: Path, mode: str
 ) -> None:
@@ -364,7 +364,7 @@ def test_training_goes_on_after_a_failed_save_where_that_is_configured(
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "async"])
 def test_the_last_save_must_succeed_whatever_is_configured(tmp_path: Path, mode: str) -> None:
     config = write_config(tmp_path, checkpoint__async_mode=mode, checkpoint__on_save_error="continue")
     ends = ranks(2).run(_train_without_room, ["--job.config_file", str(config)], (8, 0))
@@ -374,7 +374,7 @@ def test_the_last_save_must_succeed_whatever_is_configured(tmp_path: Path, mode:
     assert names(tmp_path / "run/checkpoint") == [OLDER]
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "async"])
 def test_a_last_save_that_failed_at_its_interval_is_tried_again_at_the_end(tmp_path: Path, mode: str) -> None:
     config = write_config(tmp_path, checkpoint__async_mode=mode, checkpoint__on_save_error="continue")
     ends = ranks(2).run(_train_without_room, ["--job.config_file", str(config)], (8,))

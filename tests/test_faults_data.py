@@ -119,11 +119,11 @@ FAULTS = {
     "texts vanish": Fault("txt", Path.unlink, GONE),
     "a file is replaced": Fault("jsonl", replace, CHANGED),
     "a file shrinks": Fault("jsonl", cut, CHANGED),
-    "a row group is overwritten": Fault("parquet", overwrite, CHANGED),
-    "a shard is cut off": Fault("jsonl.gz", empty, DAMAGED, "cache"),
     "a bit of a shard flips": Fault("jsonl.gz", flip, DAMAGED, "cache"),
 }
 MORE_FAULTS = {
+    "a shard is cut off": Fault("jsonl.gz", empty, DAMAGED, "cache"),
+    "a row group is overwritten": Fault("parquet", overwrite, CHANGED),
     "a text is overwritten": Fault("txt", overwrite, CHANGED),
     "a file vanishes": Fault("jsonl", Path.unlink, GONE),
     "a file is overwritten": Fault("jsonl", overwrite, CHANGED),

@@ -51,7 +51,7 @@ if "RANK" in os.environ:
 def run_train(config: Path, log: Path, site: Path | None = None) -> Iterator["subprocess.Popen[bytes]"]:
     """The script, of two ranks. site: of a sitecustomize.py."""
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment |= {"CONFIG_FILE": str(config), "NGPU": "2", "PYTHONPATH": str(site or ROOT)}
+    environment |= {"CONFIG_FILE": str(config), "NGPU": "2", "PYTHONPATH": f"{site or ROOT}{os.pathsep}{ROOT}"}
     with log.open("ab") as out:
         script = subprocess.Popen([ROOT / "run_train.sh"], env=environment, stdout=out, stderr=out)
     try:

@@ -137,7 +137,10 @@ def stall_the_forward_pass(rank: int) -> None:
     ("fault", "phase", "why", "place"),
     [
         (stall_the_loader, "waiting for its data", "the others have passed this and wait", "stalled_read"),
-        (stall_the_forward_pass, "forward, backward, update", "the others wait for it", "stuck_kernel"),
+        pytest.param(
+            *(stall_the_forward_pass, "forward, backward, update", "the others wait for it", "stuck_kernel"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_rank_that_hangs_is_named_and_ends_the_job(job: Lives, fault: Any, phase: str, why: str, place: str) -> None:
@@ -228,6 +231,7 @@ def test_a_stopped_process_is_named_and_its_claim_lapses_with_it(job: Lives) -> 
     assert job.start(1, config, "--training.steps=8").wait() == [0]
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_found_also_where_nothing_has_a_limit(job: Lives) -> None:
     """Rank 0 builds an index or a cache, for hours; the other waits for it, and is stopped."""
     life = job.start(2, write_config(job.folder, **RUN, comm__init_timeout_seconds=20), fault=slow_reading)
@@ -354,6 +358,7 @@ def test_a_stop_while_an_index_is_built_is_heeded_and_leaves_nothing(job: Lives,
 # Another job takes the folder, or nobody is left to run for
 
 
+@pytest.mark.slow
 def test_a_run_that_was_taken_over_commits_nothing_and_ends(job: Lives) -> None:
     """As it happens on storage without locks to a job that was suspended for long."""
     config = write_config(job.folder, **RUN, checkpoint__interval=100)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.cases import some_quick
 from tests.gloo import ranks
 from tests.make_tokenizers import single_bytes, write_tokenizer
 from tests.test_generate import without_cache
@@ -93,7 +94,7 @@ def plain_model(run: Path, scratch: Path) -> Llama:
     return model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", some_quick(VARIANTS, "plain"))
 def test_a_checkpoint_of_4_ranks_gives_the_same_tokens_on_1_and_on_2(variant: str, tmp_path: Path) -> None:
     run = saved(tmp_path, variant)
     alone = printed(*arguments(run, "--json"))

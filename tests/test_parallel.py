@@ -146,8 +146,8 @@ def test_tied_embeddings_and_biases(degrees: tuple[int, int, int]) -> None:
         {"training": {"local_batch_size": 2}},
         {"training": {"local_batch_size": 4}, "parallelism": {"fsdp_reshard_after_forward": "never"}},
         {"activation_checkpoint": {"mode": "selective"}},
-        {"activation_checkpoint": {"mode": "full"}},
-        {"model": {"attention": "dense"}},
+        pytest.param({"activation_checkpoint": {"mode": "full"}}, marks=pytest.mark.slow),
+        pytest.param({"model": {"attention": "dense"}}, marks=pytest.mark.slow),
     ],
     ids=lambda sections: "-".join(f"{k}={v}" for keys in sections.values() for k, v in keys.items()),
 )
@@ -192,7 +192,7 @@ def logits_of_other_documents(config: Config, degrees: tuple[int, int, int]) -> 
     return *logits, elsewhere
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "dense"])
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("degrees", [(1, 2, 1), (1, 2, 2), (2, 1, 2)], ids=str)
 def test_other_documents_do_not_change_a_bit(degrees: tuple[int, int, int], backend: str) -> None:
     config = with_(CONFIG, model={"attention": backend}, training={"dtype": "float32"})

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from tests.cases import some_quick
 from tests.gloo import ranks
 from tests.tiny_run import write_config
 from titanlite.config import Config, load_config, resolve_degrees
@@ -23,6 +24,12 @@ from titanlite.trainer import Trainer, build_model
 UNEVEN = {"model__vocab_size": 262, "model__n_layers": 3, "training__global_batch_size": 16}
 FLEX = {"model__dim": 64, "training__seq_len": 128}  # the least that flex takes
 LAYOUTS = {"1": (1, 1, 1), "dp 2": (1, 2, 1), "tp 2": (1, 1, 2), "dp 2 x tp 2": (1, 2, 2), "hsdp 2 x 2": (2, 2, 1)}
+DEEP = {
+    f"{name}, {mode}": (layout, mode)
+    for name, layout in {**LAYOUTS, "dp 3": (1, 3, 1)}.items()
+    for mode in ("none", "selective", "full")
+    if name in ("dp 2 x tp 2", "hsdp 2 x 2", "dp 3")
+}
 
 
 def tiny(folder: Path, layout: tuple[int, int, int] = (1, 1, 1), **overrides: Any) -> Config:
@@ -66,8 +73,9 @@ def local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_bytes_and_peaks_are_those_of_real_ranks(layout: tuple[int, int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", some_quick(LAYOUTS, "1", "dp 2 x tp 2"))
+def test_bytes_and_peaks_are_those_of_real_ranks(name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
     mode = {(1, 2, 2): "selective", (1, 1, 2): "full"}.get(layout, "none")
     config = tiny(tmp_path, layout, activation_checkpoint__mode=mode, **UNEVEN)
     replicate, shard, tp = layout
@@ -114,9 +122,9 @@ def test_selective_checkpointing_keeps_less_than_none_and_more_than_full(tmp_pat
     assert none.parameters == selective.parameters == full.parameters
 
 
-@pytest.mark.parametrize("layout", [(1, 2, 2), (2, 2, 1), (1, 3, 1)], ids=str)
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_two_and_three_layers_tell_what_seven_need(layout: tuple[int, int, int], mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", some_quick(DEEP, "dp 2 x tp 2, none", "hsdp 2 x 2, full"))
+def test_two_and_three_layers_tell_what_seven_need(name: str, tmp_path: Path) -> None:
+    layout, mode = DEEP[name]
     overrides = {"model__n_layers": 7, "activation_checkpoint__mode": mode}
     overrides |= {"training__global_batch_size": 24, **FLEX}
     config = tiny(tmp_path, layout, **overrides)

@@ -177,7 +177,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_every_layout_gives_the_number_of_a_loop_over_documents(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layouts", [("1", "2"), pytest.param(tuple(LAYOUTS), marks=pytest.mark.slow)], ids=str)
+def test_every_layout_gives_the_number_of_a_loop_over_documents(layouts: tuple[str, ...], tmp_path: Path) -> None:
     """11 documents are held out, two much longer than a row, in 67 rows."""
     path = write_config(tmp_path, training__global_batch_size=24, training__steps=4, **HELD, **FLOAT64)
     assert started(path)[0] == 0
@@ -187,7 +188,8 @@ def test_every_layout_gives_the_number_of_a_loop_over_documents(tmp_path: Path) 
     loss, bits_per_byte = naive(config, tmp_path / "run/checkpoint/step-00000004", texts, tmp_path)
     tokenizer = Tokenizer.load(config.tokenizer.path)
     num_rows = build_set(config, tokenizer).num_rows
-    for name, (world_size, tp) in LAYOUTS.items():
+    for name in layouts:
+        world_size, tp = LAYOUTS[name]
         dp = world_size // tp
         assert dp == 1 or num_rows % (dp * config.training.local_batch_size), name
         for (found,) in run_on(world_size, exact, path, f"--parallelism.tensor_parallel_degree={tp}"):

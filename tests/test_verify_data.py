@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny_run
+from tests.cases import some_quick
 from titanlite.config import Config, load_config
 from titanlite.config.sections import source_configs
 from titanlite.data.best_fit import BestFitPacker
@@ -109,7 +110,7 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", some_quick(VARIANTS, "split", "cached, best_fit, held out", "the data end"))
 def test_a_right_stream_is_proven(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path)
     assert run(path, *VARIANTS[name]) == 0, capsys.readouterr().err
@@ -166,6 +167,7 @@ def test_a_mixture_of_formats_closes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert min(map(int, compared.groups())) > 9  # documents
 
 
+@pytest.mark.slow
 def test_the_ledger_of_the_built_in_corpus_closes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, tokenizer__path="assets/tokenizer", model__vocab_size=8192)
     overrides = ["--data.paths=[]", "--training.seq_len=512"]
@@ -366,7 +368,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", some_quick(FAULTS, "another document", "another token", "fingerprint"))
 def test_what_is_broken_is_named(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -515,6 +517,7 @@ def test_the_plain_fingerprint_is_that_of_the_definition() -> None:
     assert plain_fingerprint(rows) != plain_fingerprint(rows[::-1])
 
 
+@pytest.mark.slow
 def test_files_without_random_access_are_read_again_only_up_to_a_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

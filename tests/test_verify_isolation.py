@@ -134,7 +134,7 @@ def only_the_last_norm_leaks(right: Callable) -> Callable:
     return lambda self, x: right(self, x) * (1 + 1e-6 * x.square().mean())
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "dense"])
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("where", "name", "plant", "kinds", "told"),
     [
@@ -200,9 +200,11 @@ def caches_see_each_other(right: Callable) -> Callable:
     [
         (kv_cache, "realise_next", the_pads_are_seen, {"logits"}),
         (kv_cache, "realise_next", positions_count_pads, {"positions"}),
-        (kv_cache, "realise_next", positions_begin_again_under_a_cache, {"positions"}),
         (kv_cache.LayerCache, "append", caches_see_each_other, {"logits"}),
-        (llama, "attend", rows_see_each_other, {"logits"}),
+        pytest.param(
+            *(kv_cache, "realise_next", positions_begin_again_under_a_cache, {"positions"}), marks=pytest.mark.slow
+        ),
+        pytest.param(llama, "attend", rows_see_each_other, {"logits"}, marks=pytest.mark.slow),
     ],
     ids=lambda value: value.__name__ if callable(value) and not isinstance(value, type) else "",
 )

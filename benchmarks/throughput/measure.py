@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -95,6 +96,7 @@ def _rank(
 ) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(case.threads // case.processes)
+    tqdm.set_lock(threading.RLock())  # its own would leave a semaphore behind
     # No RANK and the like in the environment: by them the Trainer would wrap the model of a single rank too.
     store = dist.TCPStore("127.0.0.1", port, case.processes, is_master=rank == 0)
     dist.init_process_group(
