@@ -8,10 +8,6 @@ from hypothesis import settings
 
 from titanlite.log import logger
 
-# The same examples in every run, and no deadline: a busy machine must not turn a property test red.
-settings.register_profile("titanlite", deadline=None, derandomize=True)
-settings.load_profile("titanlite")
-
 
 @pytest.fixture(autouse=True)
 def _restored_logging() -> Iterator[None]:
@@ -24,6 +20,13 @@ def _restored_logging() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The same examples in every run, and no deadline: a busy machine must not turn a property test red."""
+    num_examples = 100 if config.getoption("--slow") else 40
+    settings.register_profile("titanlite", deadline=None, derandomize=True, max_examples=num_examples)
+    settings.load_profile("titanlite")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

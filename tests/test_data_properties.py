@@ -74,7 +74,7 @@ corpora = st.dictionaries(
 )
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings().max_examples * 3 // 10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     corpus=corpora,
     seed=st.integers(0, 2**32),
@@ -146,7 +146,7 @@ def test_rows_do_not_depend_on_ranks_readers_threads_and_restarts(
             assert ledger["tokens_read"] == sum(ledger[k] for k in ("targets", "document_first", "carried", "dropped"))
 
 
-@settings(max_examples=30)
+@settings(max_examples=settings().max_examples * 3 // 10)
 @given(
     texts=st.lists(st.text("abcdé", max_size=20), min_size=1, max_size=20),
     seed=st.integers(0, 2**32),

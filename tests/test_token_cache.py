@@ -338,7 +338,7 @@ print(max_open_files())
 """
 
 
-@pytest.mark.parametrize("limit", [300, 2000])
+@pytest.mark.parametrize("limit", [300, pytest.param(2000, marks=pytest.mark.slow)])
 def test_few_files_are_open_at_once_whatever_the_number_of_files_and_shards(tmp_path: Path, limit: int) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", OPEN_MANY, str(tmp_path), str(limit)], capture_output=True, text=True, timeout=120
