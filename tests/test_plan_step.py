@@ -83,8 +83,8 @@ def test_bytes_and_peaks_are_those_of_real_ranks(name: str, tmp_path: Path) -> N
     planned = faked(config, layout)
     assert [planned.parameters, planned.gradients, planned.optimizer] == counted
     assert replace(planned, peaks={}) == replace(measured, peaks={})
-    # Alone but for a scalar or two; the threads of gloo hold what they send longer than ranks that send nothing, and the
-    # longer the busier the machine is: 5.5 % were seen.
+    # Alone but for a scalar or two; the threads of gloo hold what they send longer than ranks that send nothing, the
+    # more so on a busy machine: 5.5 % were seen.
     bound = {"abs": 3 * BLOCK_BYTES} if layout == (1, 1, 1) else {"rel": 0.1}
     assert planned.peaks == pytest.approx(measured.peaks, **bound)
 
