@@ -49,7 +49,7 @@ class Job:
     def __init__(self, config: Config, watchdog: Watchdog | None = None) -> None:
         self.config = config
         self.watchdog = watchdog or Watchdog(config.comm.grace_seconds)
-        self.stop = self.watchdog.stop
+        self._phase = self.watchdog.mark
         self.folder = Path(config.job.dump_folder)
         self._run_folder = RunFolder(self.folder, self.watchdog)
         self.set_status = self._run_folder.set_status
@@ -98,9 +98,6 @@ class Job:
             self.watchdog.close()
         if gone:
             raise PeerLost(f"{gone}; the next start goes on from the last checkpoint") from error
-
-    def _phase(self, name: str, at_least: float = 0) -> None:
-        self.watchdog.mark(name, at_least=at_least)
 
     def _open(self) -> None:
         config = self.config
