@@ -49,7 +49,7 @@ class Job:
     def __init__(self, config: Config, watchdog: Watchdog | None = None) -> None:
         self.config = config
         self.watchdog = watchdog or Watchdog(config.comm.grace_seconds)
-        self._phase = self.watchdog.mark
+        self.stop, self._phase = self.watchdog.stop, self.watchdog.mark
         self.folder = Path(config.job.dump_folder)
         self._run_folder = RunFolder(self.folder, self.watchdog)
         self.set_status = self._run_folder.set_status
