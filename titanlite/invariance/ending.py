@@ -68,7 +68,7 @@ def _validate(job: Job, config: Config) -> tuple[str, int, float]:
     goes_on = Polling(job.watchdog)
     nats = sum_of_losses(trainer.model, passes, job.mesh, job.tokenizer.eos_id, trainer.backend, goes_on)
     if nats is None:
-        raise RunFailed(f"stopped by {job.stop.received or 'a signal to another rank'}")
+        raise RunFailed(f"stopped by {job.watchdog.stop_asked or 'a signal to another rank'}")
     return str(found), min(num_rows, found.num_rows), nats
 
 

@@ -68,8 +68,8 @@ def record(config: Config, steps: int, progress: Callable[[int], None] = lambda 
         while job.trainer.step < steps:
             step = job.next_step()
             if step is None:
-                if job.stop.received:
-                    raise RunFailed(f"stopped by {job.stop.received}")
+                if asked := job.watchdog.stop_asked:
+                    raise RunFailed(f"stopped by {asked}")
                 if not made:
                     raise RunFailed("the data end before the first step")
                 break
