@@ -227,6 +227,7 @@ class Job:
         if not self._warm:
             with agreed():
                 check_rule(batch.rows, batch.starts, self.tokenizer.eos_id)
+            self.watchdog.started()
         return Step(batch.rows, num_targets, num_documents, f"{fingerprint % 2**64:016x}", batch)
 
     def finish_step(self, step: Step, result: StepResult) -> None:
@@ -247,7 +248,6 @@ class Job:
             self._tolerate(self.save)
         if not self._warm:
             self._membership.train()
-            self.watchdog.started()
             self._warm = True
 
     def _validate(self, at_end: bool = False) -> bool:

@@ -91,7 +91,7 @@ class Watchdog:
         self._mark = _Mark(before.number + 1, step, phase, max(self._timeout, at_least))
 
     def started(self) -> None:
-        """From now on a stop has something to save, and may take as long as the grace."""
+        """The first step begins: from now on a stop waits for a step and its save, as long as the grace."""
         self._patience = self._grace
 
     @property
