@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, gpu
+from benchmarks import attention, gpu, resume
 from benchmarks.step_overhead import Seconds
 from benchmarks.throughput.floors import HEAD_CHUNK, Gemms
 from benchmarks.throughput.measure import Times, in_processes, run_case
@@ -129,3 +129,8 @@ def test_the_program_for_a_gpu_runs_on_a_tiny_shape() -> None:
             assert len(runs[0].seconds) == 2
             assert 1 < runs[0].attended < 64
             assert gpu.line(entry, runs, 1e12).count("|") == 9
+
+
+def test_a_stream_goes_on_at_a_far_document_with_a_small_state() -> None:
+    assert resume.first_rows(10**9)[1] <= resume.MOST_BYTES
+    assert resume.cursor_at(10**9)["sources"]["synthetic"]["document"] == 10**9  # type: ignore[index]
