@@ -3,6 +3,7 @@
 It knows nothing about training: callers say what happened.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -19,6 +20,8 @@ import torch
 import torch.distributed as dist
 
 from titanlite.log import logger
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class RunFailed(Exception):
@@ -42,6 +45,17 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return {}
+
+
+def keep_freed_memory() -> None:
+    """On a machine without a GPU, let this process keep the memory that it frees, where its C library is glibc.
+
+    It would give each big tensor back to the system and take it again, page by page, at every step. Has an effect on
+    what is allocated from now on; costs as much memory as a step holds at its peak, all the time.
+    """
+    if not torch.cuda.is_available() and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def describe_environment() -> dict[str, Any]:

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     init_logging(rank)
     watchdog = Watchdog(config.comm.grace_seconds)
     # From here on torch is imported, which takes seconds: a config error should not.
-    from titanlite.runtime import PeerLost, RunFailed, read_json
+    from titanlite.runtime import PeerLost, RunFailed, keep_freed_memory, read_json
 
     status = read_json(Path(config.job.dump_folder) / "status.json")
     done = status.get("state") == "finished" and status["step"] >= config.training.steps
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     from titanlite.job import Job
     from titanlite.validation import validate_checkpoint
 
+    keep_freed_memory()
     try:
         if config.validation.only:
             validate_checkpoint(config, watchdog)
