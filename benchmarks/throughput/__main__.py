@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.common import publish
 from benchmarks.throughput.measure import contenders_of, peak_bytes, run_case
 from benchmarks.throughput.report import Results, bounds, report
-from benchmarks.throughput.work import Case
+from benchmarks.throughput.work import Case, NumberFormat
 
 QUICK = [
     Case(2048, None),
@@ -26,15 +26,12 @@ QUICK = [
     Case(2048, 300, "bfloat16"),
     Case(8192, 300),
 ]
+FORMATS: tuple[NumberFormat, ...] = ("float32", "bfloat16")
 FULL = [
-    *(
-        Case(length, mean, dtype)
-        for dtype in ("float32", "bfloat16")
-        for length in (2048, 8192)
-        for mean in (None, 100, 300, 1000)
-    ),
-    *(Case(2048, mean, dtype, processes=2) for dtype in ("float32", "bfloat16") for mean in (None, 300)),
-    *(Case(2048, None, dtype, compiled=True) for dtype in ("float32", "bfloat16")),
+    *(Case(2048, mean, dtype) for dtype in FORMATS for mean in (None, 100, 300, 1000)),
+    *(Case(8192, mean, dtype) for dtype in FORMATS for mean in (None, 300)),
+    *(Case(2048, mean, processes=2) for mean in (None, 300)),
+    *(Case(2048, None, dtype, compiled=True) for dtype in FORMATS),
 ]
 WEIGHED = Case(2048, None)
 
@@ -43,17 +40,26 @@ def main() -> int:
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(description=summary, epilog=details)
     parser.add_argument("--quick", action="store_true", help="four cases, five rounds: under 5 minutes on 2 cores")
-    parser.add_argument("--rounds", type=int, help="counted steps of each contender (default 9; 5 if quick)")
+    parser.add_argument("--rounds", type=int, help="counted steps of each contender (default 7; 5 if quick)")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
     parser.add_argument("--out", type=Path, help="write the report there too")
     arguments = parser.parse_args()
-    rounds = arguments.rounds or (5 if arguments.quick else 9)
+    rounds = arguments.rounds or (5 if arguments.quick else 7)
     if rounds < 2:
         parser.error(f"--rounds {rounds}: quartiles need 2 or more")
     cases = [case for case in (QUICK if arguments.quick else FULL) if arguments.only in case.name]
-    results = Results(rounds, {case: run_case(case, rounds) for case in cases})
-    results.memory = {name: peak_bytes(WEIGHED, name) for name in contenders_of(WEIGHED) if "GEMMs" not in name}
-    publish(report(results, " ".join(["python -m benchmarks.throughput", *sys.argv[1:]])), arguments.out)
+    command = " ".join(["python -m benchmarks.throughput", *sys.argv[1:]])
+    results = Results(rounds, {})
+    for number, case in enumerate(cases, 1):
+        print(f"case {number} of {len(cases)}: {case.name}", file=sys.stderr)
+        results.cases[case] = run_case(case, rounds)
+        if arguments.out is not None:  # half an hour of work
+            arguments.out.write_text(report(results, command))
+    for name in contenders_of(WEIGHED):
+        if "GEMMs" not in name:
+            print(f"memory of {name}", file=sys.stderr)
+            results.memory[name] = peak_bytes(WEIGHED, name)
+    publish(report(results, command), arguments.out)
     return 1 if any(bound.missed for bound in bounds(results)) else 0
 
 

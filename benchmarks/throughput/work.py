@@ -16,6 +16,9 @@ SIGMA = 1.0
 """Of the logarithm of document lengths."""
 
 
+NumberFormat = Literal["float32", "bfloat16"]
+
+
 @dataclass(frozen=True)
 class Case:
     """Rows of a kind, on ranks of a kind, in a number format."""
@@ -23,7 +26,7 @@ class Case:
     seq_len: int
     mean: int | None
     """Mean length of the documents, in tokens; None: one document per row."""
-    dtype: str = "float32"
+    dtype: NumberFormat = "float32"
     """Of matrix products; weights and optimiser state are float32 always."""
     processes: int = 1
     """Ranks. The two threads are divided among them."""
