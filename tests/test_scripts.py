@@ -154,6 +154,7 @@ def bare(tmp_path: Path) -> Path:
 
 def set_up(bare: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    environment = {"PYTHONPATH": "", **environment}  # through which it might find titanlite
     return run("bash", "setup.sh", cwd=bare, PYTHON=str(base), PIP_NO_INDEX="1", **environment)
 
 
