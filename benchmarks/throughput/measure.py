@@ -20,7 +20,7 @@ from benchmarks.step_overhead import Seconds, timed
 from benchmarks.throughput import floors, ours, peers
 from benchmarks.throughput.work import Case, Contender, rows_of
 
-WARMUP_STEPS = 2
+WARMUP_STEPS = 1
 CONTENDERS: dict[str, Callable[[Case, Tensor], Contender]] = {
     "titanlite": lambda case, _: ours.Titanlite(case),
     "bare FSDP2 loop": lambda case, _: ours.Bare(case),
