@@ -6,13 +6,11 @@ and values, call by call in turn. Then what a batch costs before its first layer
 block mask against `create_block_mask` of the same predicate, whose result is checked to be the same.
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from tqdm import tqdm
 
-from benchmarks.common import circumstances, publish
+from benchmarks.common import circumstances, command_line, publish
 from benchmarks.throughput.work import EOS, Case, rows_of
 from titanlite.model import build_documents
 from titanlite.model.attention import attend
@@ -116,12 +114,10 @@ def measure(device: str, lengths: list[int], rounds: int) -> tuple[str, str]:
 
 
 def main() -> None:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="counted calls of each (default 9)")
     parser.add_argument("--lengths", type=int, nargs="+", help="of rows (default 2048 8192; on a GPU 8192 32768)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
-    parser.add_argument("--out", type=Path, help="write the report there too")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     lengths = arguments.lengths or ([2048, 8192] if arguments.device == "cpu" else [8192, 32768])

@@ -11,7 +11,6 @@ fsynced. What a side wrote is deleted and the disk is synced before the next one
 page cache.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -32,7 +31,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from benchmarks.common import circumstances, publish
+from benchmarks.common import circumstances, command_line, publish
 from titanlite.checkpoint import Checkpointer
 from titanlite.config import ModelConfig
 from titanlite.model import Llama
@@ -216,15 +215,11 @@ def verdict(found: float, bound: float) -> str:
 
 
 def main() -> None:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds after one of warm-up (default 15)")
     parser.add_argument("--sizes", nargs="+", choices=list(MODELS), default=list(MODELS), help="default: all")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="numbers of ranks (default: 1 2)")
     parser.add_argument("--folder", type=Path, help="where to write; default: the folder for temporary files")
-    parser.add_argument(
-        "--out", type=Path, help="write the report there too: benchmarks/results/YYYY-MM-DD-checkpoint-cpu.md"
-    )
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error(f"--rounds {arguments.rounds}: quartiles need 2 or more")

@@ -1,5 +1,6 @@
-"""What every benchmark says of where it ran, and how it publishes its report."""
+"""How every benchmark is asked, what it says of where it ran, and how it publishes its report."""
 
+import argparse
 import os
 import platform
 from pathlib import Path
@@ -18,6 +19,14 @@ def circumstances(command: str, work: str) -> str:
 - Commit: {environment["git"]}{changes}
 - Command: `{command}`
 """
+
+
+def command_line(docstring: str | None) -> argparse.ArgumentParser:
+    """Options of a program that its docstring explains; `--out` is where `publish` writes."""
+    summary, _, details = (docstring or "").partition("\n\n")
+    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser.add_argument("--out", type=Path, help="write the report there too: benchmarks/results/DATE-NAME-DEVICE.md")
+    return parser
 
 
 def publish(report: str, out: Path | None) -> None:

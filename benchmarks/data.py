@@ -28,7 +28,7 @@ from typing import Any
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
-from benchmarks.common import circumstances, publish
+from benchmarks.common import circumstances, command_line, publish
 from titanlite.config.sections import DataConfig, SourceConfig
 from titanlite.data.cache_writer import available_cores, write_cache
 from titanlite.data.corpus import open_corpus, open_rows
@@ -323,14 +323,10 @@ def verdict(what: str, figure: float) -> str:
 
 
 def main() -> None:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser = command_line(__doc__)
     parser.add_argument("--bytes", type=int, default=10**9, help="of the jsonl file (default 1 GB)")
     parser.add_argument("--rounds", type=int, default=3, help="of writing the cache and of tiktoken alone (default 3)")
     parser.add_argument("--processes", type=int, default=available_cores(), help="that tokenise (default: all cores)")
-    parser.add_argument(
-        "--out", type=Path, help="write the report there too: benchmarks/results/YYYY-MM-DD-data-cpu.md"
-    )
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         figures = measure(Path(folder), arguments.bytes, arguments.rounds, arguments.processes)

@@ -8,7 +8,6 @@ its whole row); the mask-aware one counts what the documents need. A profiler tr
 that wait for the device, and compiled graphs are counted after the third step and at the end.
 """
 
-import argparse
 import gc
 import statistics
 import sys
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import circumstances, publish
+from benchmarks.common import circumstances, command_line, publish
 from benchmarks.throughput.measure import CONTENDERS, in_processes
 from benchmarks.throughput.work import EOS, Case, Contender, document_lengths, rows_of
 from titanlite import loss
@@ -157,12 +156,10 @@ def report(case: Case, results: list[tuple[Entry, list[Figures | str]]], command
 
 
 def main() -> None:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=12, help="counted steps of a pass (default 12)")
     parser.add_argument("--passes", type=int, default=2, help="over all entries (default 2)")
     parser.add_argument("--only", default="", help="entries whose title holds this text")
-    parser.add_argument("--out", type=Path, help="write the report there too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here")

@@ -6,7 +6,6 @@ and tiktoken's encode_ordinary on the same kind of text, already in memory. Then
 tensors made by another thread, with 0, 1 and 2 threads that read ahead. All take turns, round after round.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -17,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from benchmarks.common import circumstances, publish
+from benchmarks.common import circumstances, command_line, publish
 from benchmarks.data import ROWS, SEQ_LEN, TOKENIZER, generate, raw_tiktoken, rows, texts_of, write
 from titanlite.config.sections import DataConfig
 from titanlite.data.loader import build_loader
@@ -116,10 +115,8 @@ def measure_workers(folder: Path, rounds: int) -> str:
 
 
 def main() -> None:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds (default 5)")
-    parser.add_argument("--out", type=Path, help="write the report there too")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         lengths = measure_lengths(Path(folder), arguments.rounds)

@@ -5,17 +5,15 @@ files are. A stream is opened at the documents 0, 10^3, 10^6 and 10^9, in turn, 
 Opening the files of a real corpus, which does not depend on the position, is not in it: benchmarks.data has that.
 """
 
-import argparse
 import json
 import statistics
 import sys
 import time
 from datetime import date
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import circumstances, publish
+from benchmarks.common import circumstances, command_line, publish
 from titanlite.config import DataConfig
 from titanlite.data.corpus import Corpus, open_rows
 from titanlite.data.feed import StreamSource
@@ -99,10 +97,8 @@ def first_rows(document: int) -> tuple[float, int]:
 
 
 def main() -> int:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="counted openings at each document (default 9)")
-    parser.add_argument("--out", type=Path, help="write the report there too")
     arguments = parser.parse_args()
     runs = [{document: first_rows(document) for document in POSITIONS} for _ in range(arguments.rounds + 1)][1:]
     seconds = {document: statistics.median(run[document][0] for run in runs) for document in POSITIONS}

@@ -28,7 +28,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from tqdm import tqdm
 
-from benchmarks.common import circumstances, publish
+from benchmarks.common import circumstances, command_line, publish
 from titanlite.checkpoint import audit_checkpoint, list_steps
 
 STEPS, INTERVAL = 600, 10
@@ -270,11 +270,9 @@ is told by its folder.
 
 
 def main() -> int:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser = command_line(__doc__)
     parser.add_argument("--kills", type=int, default=200, help="how many (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--out", type=Path, help="file for the report, besides printing it")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         tally = soak(Path(folder), arguments.kills, arguments.seed)

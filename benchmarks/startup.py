@@ -5,7 +5,6 @@ Python; that of the others is Python with the modules of torch that any FSDP2 tr
 model of 0.1 M parameters on the built-in corpus, with its index built anew: what remains is titanlite's own.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -17,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from benchmarks.common import circumstances, publish
+from benchmarks.common import circumstances, command_line, publish
 
 TORCH = "import torch, torch.distributed.fsdp, torch.distributed.tensor.parallel, torch.distributed.checkpoint"
 TINY = {
@@ -83,10 +82,8 @@ def table(times: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def main() -> None:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="counted starts of each (default 7)")
-    parser.add_argument("--out", type=Path, help="write the report there too")
     arguments = parser.parse_args()
     times = measure(arguments.rounds)
     publish(

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from benchmarks.common import circumstances, publish
+from benchmarks.common import circumstances, command_line, publish
 from titanlite.config import (
     ActivationCheckpointConfig,
     CheckpointConfig,
@@ -201,12 +200,8 @@ def report(times: dict[str, list[Seconds]], config: Config, arguments: argparse.
 
 
 def main() -> None:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=60, help="counted steps of each side (default 60)")
-    parser.add_argument(
-        "--out", type=Path, help="write the report there too: benchmarks/results/YYYY-MM-DD-step-overhead-cpu.md"
-    )
     arguments = parser.parse_args()
     if arguments.steps < 2:
         parser.error(f"--steps {arguments.steps}: quartiles need 2 or more")

@@ -79,14 +79,17 @@ def test_bytes_and_peaks_are_those_of_real_ranks(name: str, tmp_path: Path) -> N
     mode = {(1, 2, 2): "selective", (1, 1, 2): "full"}.get(layout, "none")
     config = tiny(tmp_path, layout, activation_checkpoint__mode=mode, **UNEVEN)
     replicate, shard, tp = layout
-    measured, counted = ranks(replicate * shard * tp).run(real_step, str(tmp_path / "config.toml"))[0]
     planned = faked(config, layout)
-    assert [planned.parameters, planned.gradients, planned.optimizer] == counted
-    assert replace(planned, peaks={}) == replace(measured, peaks={})
-    # Alone but for a scalar or two; the threads of gloo hold what they send longer than ranks that send nothing, the
-    # more so on a busy machine: 5.5 % were seen.
-    bound = {"abs": 3 * BLOCK_BYTES} if layout == (1, 1, 1) else {"rel": 0.1}
-    assert planned.peaks == pytest.approx(measured.peaks, **bound)
+    # Alone but for a scalar or two; the threads of gloo hold what they send longer than ranks that send nothing.
+    bound = {"abs": 3 * BLOCK_BYTES} if layout == (1, 1, 1) else {"rel": 0.05}
+    expected = pytest.approx(planned.peaks, **bound)
+    for _ in range(3):  # the longer the busier the machine is: what a step needs is the least that it was seen to take
+        measured, counted = ranks(replicate * shard * tp).run(real_step, str(tmp_path / "config.toml"))[0]
+        assert [planned.parameters, planned.gradients, planned.optimizer] == counted
+        assert replace(planned, peaks={}) == replace(measured, peaks={})
+        if measured.peaks == expected:
+            break
+    assert measured.peaks == expected
 
 
 def by_hand(config: Config, mode: str) -> int:

@@ -11,11 +11,9 @@ Peers come with `pip install titanlite[benchmarks]`; one that is missing or fail
 Exit code 1: a bound is missed by more than the noise: the better quartile of the ratios of the rounds misses it too.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from benchmarks.common import publish
+from benchmarks.common import command_line, publish
 from benchmarks.throughput.measure import contenders_of, peak_bytes, run_case
 from benchmarks.throughput.report import Results, bounds, report
 from benchmarks.throughput.work import Case, NumberFormat
@@ -37,14 +35,12 @@ QUICKLY_WEIGHED = ("titanlite", "transformers", "litgpt", "torchtitan")
 
 
 def main() -> int:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(description=summary, epilog=details)
+    parser = command_line(__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="three cases, three rounds: under 5 minutes on 2 idle cores"
     )
     parser.add_argument("--rounds", type=int, help="counted steps of each contender (default 7; 3 if quick)")
     parser.add_argument("--only", default="", help="cases whose name holds this text")
-    parser.add_argument("--out", type=Path, help="write the report there too")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (3 if arguments.quick else 7)
     if rounds < 2:

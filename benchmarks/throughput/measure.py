@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -102,7 +103,9 @@ def _rank(
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if case.device == "cuda" else "gloo", store=store, rank=rank, world_size=case.processes
     )
-    result = work(case, argument)
+    with TemporaryDirectory() as folder:
+        os.chdir(folder)  # some of the contenders write files
+        result = work(case, argument)
     if rank == 0:
         sender.send(result)
     dist.barrier()

@@ -6,7 +6,6 @@ several ranks they use DistributedDataParallel.
 """
 
 import sys
-import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -113,9 +112,8 @@ class HuggingFaceTrainer:
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 stepped.release()
 
-        folder = tempfile.mkdtemp(prefix="throughput-")
         arguments = TrainingArguments(
-            output_dir=folder,
+            output_dir="trainer",  # in the folder of this process
             max_steps=len(all_rows),
             per_device_train_batch_size=case.rows,
             learning_rate=LR,
