@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+
+from titanlite.matmul import matmul
 
 IGNORE_INDEX = -100
 """Label of a target that is not trained: the first token of a document, which nothing in it predicts."""
@@ -70,17 +71,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In bfloat16 a sum over chunks would lose what each adds.
         grad_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
         num_tokens = max(1, CHUNK_LOGITS[hidden.device.type] // weight.shape[0])
+        # One for all chunks: fresh memory costs a CPU more than the arithmetic on it.
+        wide_logits = None
+        if hidden.dtype != wide:
+            wide_logits = hidden.new_empty(min(num_tokens, len(labels)), weight.shape[0], dtype=wide)
         for begin in range(0, len(labels), num_tokens):
             part = slice(begin, begin + num_tokens)
             chunk = hidden[part]
-            logits = F.linear(chunk, weight).to(wide)
-            loss, grad_logits = _cross_entropy(logits, labels[part], first, group)
-            losses.append(loss)
-            grad_logits = grad_logits.to(hidden.dtype)
+            logits = matmul(chunk, weight.t())
+            exact = logits if wide_logits is None else wide_logits[: len(chunk)].copy_(logits)
+            losses.append(_cross_entropy(exact, labels[part], first, group))
+            grad_logits = logits if wide_logits is None else logits.copy_(exact)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[part])
+                grad_hidden[part] = matmul(grad_logits, weight)
             if grad_weight is not None:
-                grad_weight += grad_logits.t() @ chunk
+                grad_weight += matmul(grad_logits.t(), chunk)
+            del logits, exact, grad_logits  # before the next chunk's
         ctx.grads, ctx.dtype = (grad_hidden, grad_weight), weight.dtype
         return torch.stack(losses).sum()
 
@@ -94,10 +100,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _cross_entropy(
-    logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Summed loss of logits [N, V], and its gradient with respect to them, which takes their place in memory."""
+def _cross_entropy(logits: Tensor, labels: Tensor, first: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Summed loss of logits [N, V], which become its gradient with respect to them."""
     valid = labels != IGNORE_INDEX
     index = labels - first
     here = valid & (index >= 0) & (index < logits.shape[1])
@@ -112,6 +116,6 @@ def _cross_entropy(
         dist.all_reduce(sums, group=group)
     loss = (sums[0].log() + peak - sums[1]).masked_fill(~valid, 0.0).sum()
     # softmax - one-hot, and zero where there is no target
-    gradient = exp.mul_((valid / sums[0]).unsqueeze(1))
-    gradient.scatter_add_(1, index, -here.unsqueeze(1).to(gradient))
-    return loss, gradient
+    exp.mul_((valid / sums[0]).unsqueeze(1))
+    exp.scatter_add_(1, index, -here.unsqueeze(1).to(exp))
+    return loss

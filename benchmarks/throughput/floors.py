@@ -1,4 +1,7 @@
-"""What no trainer of this model can go below: its matrix products, and the attention that its documents need."""
+"""What no trainer of this model can go below: its matrix products, and the attention that its documents need.
+
+The products are titanlite's, which are torch.mm's or faster.
+"""
 
 from collections.abc import Iterator
 
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.throughput.work import Case, document_lengths
+from titanlite.matmul import matmul
 
 HEAD_CHUNK = 512
 """Tokens whose logits exist at once. The whole batch's do not fit the caches, and the products are slower."""
@@ -75,6 +79,6 @@ def _operands(
 
 
 def _multiply(x: Tensor, weight: Tensor, grad: Tensor) -> None:
-    torch.mm(x, weight.t())
-    torch.mm(grad, weight)
-    torch.mm(grad.t(), x)
+    matmul(x, weight.t())
+    matmul(grad, weight)
+    matmul(grad.t(), x)

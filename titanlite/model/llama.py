@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from titanlite.config.sections import ModelConfig
 from titanlite.loss import OutputHead
+from titanlite.matmul import Linear
 from titanlite.model.attention import Documents, attend
 from titanlite.model.rope import apply_rope, rope_cos_sin
 
@@ -22,10 +23,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.dim // config.n_heads
         bias = config.attention_bias
-        self.wq = nn.Linear(config.dim, config.n_heads * self.head_dim, bias)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias)
-        self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias)
+        self.wq = Linear(config.dim, config.n_heads * self.head_dim, bias)
+        self.wk = Linear(config.dim, config.n_kv_heads * self.head_dim, bias)
+        self.wv = Linear(config.dim, config.n_kv_heads * self.head_dim, bias)
+        self.wo = Linear(config.n_heads * self.head_dim, config.dim, bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
         """x [B, S, dim], cos and sin [B, S, head_dim / 2] -> [B, S, dim]."""
@@ -39,9 +40,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, config.mlp_bias)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, config.mlp_bias)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, config.mlp_bias)
+        self.w1 = Linear(config.dim, config.ffn_dim, config.mlp_bias)
+        self.w2 = Linear(config.ffn_dim, config.dim, config.mlp_bias)
+        self.w3 = Linear(config.dim, config.ffn_dim, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

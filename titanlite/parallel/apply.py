@@ -118,7 +118,7 @@ def _selective_contexts() -> Any:
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         save = op in saved_ops
-        if op is torch.ops.aten.mm.default:
+        if op in (torch.ops.aten.mm.default, torch.ops.titanlite.linear.default):
             num_matmuls[context.is_recompute] += 1
             save = num_matmuls[context.is_recompute] % 2 == 1
         return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
