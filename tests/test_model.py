@@ -27,7 +27,8 @@ from titanlite.model import (
     initial_mean_std,
     num_parameters,
 )
-from titanlite.model.rope import apply_rope, inverse_frequencies, rope_cos_sin
+from titanlite.model.norm import RMSNorm
+from titanlite.model.rope import apply_rope, inverse_frequencies, rope_rotations
 
 # Documents
 
@@ -107,8 +108,8 @@ def _sharded_gradients(backend: str) -> dict[str, Tensor]:
     tokens = tokens_with_documents(10, 20, 34)
     documents = build_documents(tokens, EOS, backend)
     model(tokens, documents).float().square().mean().backward()
-    x, cos, sin, received = seen[:4]
-    assert (x.dtype, cos.dtype, sin.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    x, rotations, received = seen[:3]
+    assert (x.dtype, rotations.dtype) == (torch.bfloat16, torch.float32)
     assert received is documents
     return {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}  # type: ignore[attr-defined]
 
@@ -152,10 +153,10 @@ def test_rotation_is_a_complex_product_in_the_wider_type(dtype: torch.dtype) -> 
     config = ModelConfig(dim=32, n_heads=2, n_kv_heads=1)
     positions = torch.tensor([[0, 1, 120_000]])
     wide = torch.promote_types(dtype, torch.float32)
-    cos, sin = rope_cos_sin(positions, config, wide)
-    assert cos.dtype == sin.dtype == wide
+    rotations = rope_rotations(positions, config, wide)
+    assert rotations.dtype == wide
     x = torch.randn(1, 3, 2, 16, dtype=dtype)
-    got = apply_rope(x, cos, sin)
+    got = apply_rope(x, rotations)
     for s, position in enumerate((0, 1, 120_000)):
         for pair in range(8):
             angle = position * 500000.0 ** (-2 * pair / 16)
@@ -164,6 +165,62 @@ def test_rotation_is_a_complex_product_in_the_wider_type(dtype: torch.dtype) -> 
             assert complex(*got[0, s, 0, 2 * pair : 2 * pair + 2].double().tolist()) == pytest.approx(
                 wanted, abs=4 * torch.finfo(dtype).eps * max(1, abs(wanted))
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_compilers_rotate_alike_without_complex_numbers(dtype: torch.dtype) -> None:
+    config = ModelConfig(dim=32, n_heads=2, n_kv_heads=1)
+    rotations = rope_rotations(torch.randint(9000, (2, 5)), config, torch.promote_types(dtype, torch.float32))
+    x, grad = torch.randn(2, 2, 5, 2, 16, dtype=dtype)
+    x.requires_grad_()
+    graphs = []
+
+    def keep_graph(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    eager, compiled = apply_rope(x, rotations), torch.compile(apply_rope, backend=keep_graph)(x, rotations)
+    assert len(graphs) == 1
+    assert "complex" not in graphs[0]
+    assert compiled.dtype == eager.dtype == dtype
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(compiled, eager, atol=tolerance, rtol=tolerance)
+    gradients = [torch.autograd.grad(out, x, grad)[0] for out in (eager, compiled)]
+    torch.testing.assert_close(*gradients, atol=4 * tolerance, rtol=tolerance)
+
+
+# The norm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_the_norm_and_its_gradients_are_as_exact_as_torchs(dtype: torch.dtype, scale: float) -> None:
+    torch.manual_seed(0)
+    norm, torchs, exact = RMSNorm(48, 1e-5), torch.nn.RMSNorm(48, 1e-5), torch.nn.RMSNorm(48, 1e-5).double()
+    x, grad = torch.randn(2, 3, 70, 48, dtype=torch.float64).to(dtype)
+    x = x * scale
+    weight = torch.randn(48, dtype=torch.float64).to(dtype)
+    results = []
+    for module in (norm, torchs, exact):
+        module.weight.data = weight.to(torch.float64 if module is exact else dtype)
+        inputs = [x.to(module.weight).clone().requires_grad_(), module.weight]
+        out = module(inputs[0])
+        results.append([out, *torch.autograd.grad(out, inputs, grad.to(module.weight))])
+    eps = torch.finfo(dtype).eps
+    for found, usual, true in zip(*results, strict=True):
+        assert found.dtype == dtype
+        assert found.shape == true.shape
+        errors = [float((t.detach().double() - true.detach()).norm() / true.detach().norm()) for t in (found, usual)]
+        assert errors[0] <= max(2 * errors[1], 4 * eps)
+
+
+def test_the_norm_of_zeros_is_zero_and_its_gradient_finite() -> None:
+    norm = RMSNorm(8, 1e-5)
+    x = torch.zeros(2, 8, requires_grad=True)
+    out = norm(x)
+    (grad,) = torch.autograd.grad(out, x, torch.ones(2, 8))
+    assert torch.equal(out, torch.zeros(2, 8))
+    torch.testing.assert_close(grad, torch.full((2, 8), 1e-5**-0.5))
 
 
 # Shapes, types and numbers
@@ -227,10 +284,10 @@ def test_parameters_and_flops_of_llama_3_8b() -> None:
 def test_float64_stays_float64_to_the_last_digit() -> None:
     model = build(TINY)
     tokens = tokens_with_documents(30)
-    angles: list[Tensor] = []
-    model.layers["0"].register_forward_pre_hook(lambda module, args: angles.extend(args[1:3]))
+    rotations: list[Tensor] = []
+    model.layers["0"].register_forward_pre_hook(lambda module, args: rotations.append(args[1]))
     logits = logits_of(model, tokens)
-    assert {logits.dtype, *(t.dtype for t in angles)} == {torch.float64}
+    assert {logits.dtype, *(t.dtype for t in rotations)} == {torch.float64}
     nudged = build(TINY)
     with torch.no_grad():
         for block in nudged.layers.values():

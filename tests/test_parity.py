@@ -190,14 +190,14 @@ def shifted_rope(patch: pytest.MonkeyPatch, rank: int) -> None:
     """One rank turns queries and keys by the angles of the tokens before. Within a document that changes nothing."""
     exact = llama.apply_rope
     if rank == 1:
-        patch.setattr(llama, "apply_rope", lambda x, cos, sin: exact(x, cos.roll(1, 1), sin.roll(1, 1)))
+        patch.setattr(llama, "apply_rope", lambda x, rotations: exact(x, rotations.roll(1, 1)))
 
 
 def shifted_positions(patch: pytest.MonkeyPatch, rank: int) -> None:
     """One rank counts every position from 1: in exact arithmetic that changes nothing at all."""
-    exact = llama.rope_cos_sin
+    exact = llama.rope_rotations
     if rank == 1:
-        patch.setattr(llama, "rope_cos_sin", lambda positions, *rest: exact(positions + 1, *rest))
+        patch.setattr(llama, "rope_rotations", lambda positions, *rest: exact(positions + 1, *rest))
 
 
 def other_initial_weights(patch: pytest.MonkeyPatch, rank: int) -> None:

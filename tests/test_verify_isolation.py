@@ -22,6 +22,7 @@ from titanlite.isolation.compare import Comparison, build_model, compare
 from titanlite.isolation.paths import Kept, choose_documents, noisy
 from titanlite.isolation.results import measure
 from titanlite.model import document_starts, kv_cache, llama, realise
+from titanlite.model.norm import RMSNorm
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer
@@ -140,11 +141,11 @@ def only_the_last_norm_leaks(right: Callable) -> Callable:
     [
         (results, "build_documents", one_boundary_not_masked, {"logits", "loss", "gradients"}, "logits differs by"),
         (results, "build_documents", positions_run_on, {"positions"}, "rotary angles in layers.0 differs by up to"),
-        (llama, "rope_cos_sin", angles_run_on, {"positions"}, "rotary angles in layers.0 differs by up to"),
+        (llama, "rope_rotations", angles_run_on, {"positions"}, "rotary angles in layers.0 differs by up to"),
         (results, "labels", a_label_crosses, {"loss", "gradients"}, "sum of the loss terms differs by up to"),
         (llama, "attend", rows_see_each_other, {"logits", "loss", "gradients"}, "logits differs by up to"),
         (llama, "attend", only_the_backward_leaks, {"gradients"}, "gradient of the embedded tokens of other documents"),
-        (torch.nn.RMSNorm, "forward", only_the_last_norm_leaks, {"logits", "loss", "gradients"}, "logits differs by"),
+        (RMSNorm, "forward", only_the_last_norm_leaks, {"logits", "loss", "gradients"}, "logits differs by"),
     ],
     ids=lambda value: value.__name__ if callable(value) and not isinstance(value, type) else "",
 )

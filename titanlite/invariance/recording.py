@@ -150,9 +150,10 @@ class Recorder:
         self._note(self._inputs, "positions", documents.positions.unsqueeze(-1))
 
     @torch.no_grad()
-    def _note_rotary_tables(self, block: nn.Module, arguments: tuple[Tensor, Tensor, Tensor, Documents]) -> None:
-        self._note(self._inputs, "rotary cosines", arguments[1])
-        self._note(self._inputs, "rotary sines", arguments[2])
+    def _note_rotary_tables(self, block: nn.Module, arguments: tuple[Tensor, Tensor, Documents]) -> None:
+        cosines, sines = arguments[1].unbind(-1)
+        self._note(self._inputs, "rotary cosines", cosines)
+        self._note(self._inputs, "rotary sines", sines)
 
     @torch.no_grad()
     def _note_hidden(self, name: str, module: nn.Module, arguments: object, output: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titanlite.isolation.paths import NUM_DECODED, Kept
 from titanlite.model import IGNORE_INDEX, KVCache, Llama, build_documents, labels
-from titanlite.model.rope import rope_cos_sin
+from titanlite.model.rope import rope_rotations
 
 Results = dict[str, dict[str, Tensor]]
 """Tensors by kind (positions, logits, loss, gradients) and name."""
@@ -74,7 +74,7 @@ def demanded(results: Results, kept: Kept, model: Llama, seq_len: int) -> Result
     trace of their loss in the gradients of other documents."""
     weight, angles = model.output.weight, results["positions"]
     positions = kept.positions(seq_len).to(weight.device).unsqueeze(0)
-    alone = torch.cat(rope_cos_sin(positions, model.config, torch.promote_types(weight.dtype, torch.float32)), -1)[0]
+    alone = rope_rotations(positions, model.config, torch.promote_types(weight.dtype, torch.float32))[0]
     wanted = {**results, "positions": dict.fromkeys(angles, alone)}
     if "gradients" in results:
         wanted["gradients"] = {**results["gradients"], _OTHERS: torch.zeros_like(results["gradients"][_OTHERS])}
@@ -105,7 +105,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _observed(model: Llama) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
-    """Catch the embedded tokens, made a leaf with a gradient of its own, and the angles [B, S, head_dim] of each block.
+    """Catch the embedded tokens, made a leaf with a gradient of its own, and what rotates each block's heads.
 
     The gradient of the embedding's weight is the sum of its tokens' gradients, and a CUDA kernel groups the terms by
     how often an id occurs in the whole batch: other documents change its rounding, rightly. So its terms are compared
@@ -120,7 +120,7 @@ def _observed(model: Llama) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
 
     def keep_angles(name: str) -> Callable[[nn.Module, tuple], None]:
         def keep(module: nn.Module, inputs: tuple) -> None:
-            angles[name] = torch.cat(inputs[1:3], -1)  # cosines and sines
+            angles[name] = inputs[1]  # rotations: cosines and sines
 
         return keep
 

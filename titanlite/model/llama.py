@@ -13,7 +13,8 @@ from titanlite.config.sections import ModelConfig
 from titanlite.loss import OutputHead
 from titanlite.matmul import Linear
 from titanlite.model.attention import Documents, attend
-from titanlite.model.rope import apply_rope, rope_cos_sin
+from titanlite.model.norm import RMSNorm
+from titanlite.model.rope import apply_rope, rope_rotations
 
 
 class Attention(nn.Module):
@@ -28,10 +29,10 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, config.n_kv_heads * self.head_dim, bias)
         self.wo = Linear(config.n_heads * self.head_dim, config.dim, bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        """x [B, S, dim], cos and sin [B, S, head_dim / 2] -> [B, S, dim]."""
+    def forward(self, x: Tensor, rotations: Tensor, documents: Documents) -> Tensor:
+        """x [B, S, dim], rotations [B, S, head_dim / 2, 2] -> [B, S, dim]."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        out = attend(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, documents)
+        out = attend(apply_rope(q, rotations), apply_rope(k, rotations), v, documents)
         return self.wo(out.flatten(2))
 
 
@@ -53,13 +54,13 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Documents) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, documents)
+    def forward(self, x: Tensor, rotations: Tensor, documents: Documents) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotations, documents)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -74,7 +75,7 @@ class Llama(nn.Module):
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleDict({str(i): TransformerBlock(config) for i in range(config.n_layers)})
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = OutputHead(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
@@ -83,9 +84,9 @@ class Llama(nn.Module):
         """tokens int64 [B, S] -> hidden states [B, S, dim] after the final norm."""
         x = self.tok_embeddings(tokens)
         # bfloat16 cosines move logits by about 0.3.
-        cos, sin = rope_cos_sin(documents.positions, self.config, torch.promote_types(x.dtype, torch.float32))
+        rotations = rope_rotations(documents.positions, self.config, torch.promote_types(x.dtype, torch.float32))
         for number, layer in enumerate(self.layers.values()):
-            x = layer(x, cos, sin, documents.of_layer(number))
+            x = layer(x, rotations, documents.of_layer(number))
         return self.norm(x)
 
 

@@ -31,17 +31,22 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
     return frequencies * (kept + (1 - kept) / config.rope_scaling_factor)
 
 
-def rope_cos_sin(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions [B, S]: two tensors [B, S, head_dim / 2] of dtype.
+def rope_rotations(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
+    """Cosine and sine of each pair's angle for positions [B, S]: [B, S, head_dim / 2, 2] of dtype.
 
     Computed in float64, since the angle of position 100,000 is off by 0.004 radians in float32.
     """
     angles = positions.unsqueeze(-1) * inverse_frequencies(config, positions.device)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).to(dtype)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, S, H, head_dim] in the wider of its own and the angles' dtype; the result has x's dtype."""
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [B, S, 1, head_dim / 2]
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate x [B, S, H, head_dim] in the wider of its own and the rotations' dtype; the result has x's dtype."""
+    rotations = rotations.unsqueeze(2)
+    pairs = x.to(torch.promote_types(x.dtype, rotations.dtype)).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # the compiler fuses single operations, and knows no complex numbers
+        (even, odd), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)
+        rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    else:  # one pass over memory, where each of those is one
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations))
+    return rotated.flatten(-2).to(x.dtype)

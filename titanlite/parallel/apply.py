@@ -64,7 +64,7 @@ def apply_tp(model: Llama, mesh: Mesh, *, split_sequence: bool = True) -> None:
     }
     block_plan: dict[str, ParallelStyle] = {
         "attention": PrepareModuleInput(
-            input_layouts=(between, None, None, None), desired_input_layouts=(Replicate(), None, None, None)
+            input_layouts=(between, None, None), desired_input_layouts=(Replicate(), None, None)
         ),
         "attention.wq": ColwiseParallel(),
         "attention.wk": ColwiseParallel(),
