@@ -1,11 +1,11 @@
 """titanlite's tokens per second beside its peers and its floors: python -m benchmarks.throughput [--quick] [--out FILE]
 
 All contenders train the same LLaMA (dim 256, 6 layers, 8 heads, 4 key-value heads, SwiGLU 768, vocabulary 8192, untied:
-8.9 M parameters) with AdamW and clipping on the same rows, step by step in turn within one process, on the CPU with two
-threads. All start from the same weights, and their first losses are compared. Peers: transformers (a plain loop, one
-that knows the documents, and its Trainer), litgpt, torchtitan's model. Floors: a bare FSDP2 loop around titanlite's
-model (it only makes a step), the matrix products alone, and those with the attention that the documents need.
-Peak memory is of a process of its own for each.
+8.9 M parameters) with AdamW and clipping on the same rows, step by step in turn, each in a process of its own, on the
+CPU with two threads. All start from the same weights, and their first losses are compared. Peers: transformers (a plain
+loop, one that knows the documents, and its Trainer), litgpt, torchtitan's model. Floors: a bare FSDP2 loop around
+titanlite's model (it only makes a step), the matrix products alone, and those with the attention that the documents
+need. The floors keep the memory that they free, as titanlite does.
 
 Peers come with `pip install titanlite[benchmarks]`; one that is missing or fails is reported with its error.
 Exit code 1: a bound is missed by more than the noise: the better quartile of the ratios of the rounds misses it too.

@@ -1,4 +1,4 @@
-"""Runs the contenders of a case step by step in turn, in processes of their own, and weighs each one's memory."""
+"""Runs the contenders of a case step by step in turn, each in processes of its own, and weighs its memory."""
 
 import gc
 import multiprocessing
@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from benchmarks.step_overhead import Seconds, timed
 from benchmarks.throughput import floors, ours, peers
 from benchmarks.throughput.work import Case, Contender, rows_of
+from titanlite.runtime import keep_freed_memory
 
 WARMUP_STEPS = 1
 CONTENDERS: dict[str, Callable[[Case, Tensor], Contender]] = {
@@ -59,8 +61,33 @@ def contenders_of(case: Case) -> tuple[str, ...]:
 
 
 def run_case(case: Case, rounds: int) -> dict[str, Times]:
-    """Times of each contender of a case, in one process per rank that all of them share."""
-    return in_processes(case, _race, rounds)
+    """Times of each contender of a case: one step of each in turn, in processes of its own; who begins changes."""
+    times = {name: Times([]) for name in contenders_of(case)}
+    with ExitStack() as stack:
+        racing = {name: stack.enter_context(Ranks(case, _take_turns, (name, rounds))) for name in times}
+
+        def hear(name: str) -> tuple[float | None, Seconds] | None:
+            answer = racing[name].answer()
+            if isinstance(answer, str):
+                times[name] = Times([], error=answer)
+                del racing[name]
+                return None
+            return answer
+
+        for name in times:
+            hear(name)
+        for number in tqdm(range(WARMUP_STEPS + rounds), desc=case.name, unit="round", leave=False, disable=None):
+            order = list(racing)
+            start = number % len(order)
+            for name in order[start:] + order[:start]:
+                racing[name].tell(number)
+                if (heard := hear(name)) is not None:
+                    loss, seconds = heard
+                    if number == 0:
+                        times[name].first_loss = loss
+                    if number >= WARMUP_STEPS:
+                        times[name].seconds.append(seconds)
+    return times
 
 
 def peak_bytes(case: Case, name: str) -> int | str:
@@ -70,30 +97,60 @@ def peak_bytes(case: Case, name: str) -> int | str:
 
 def in_processes(case: Case, work: Callable[[Case, Any], Any], argument: object) -> Any:
     """What work(case, argument) returns on rank 0 of new processes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama", "transformers.trainer"])
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    receiver, sender = context.Pipe(duplex=False)
-    ranks = [
-        context.Process(target=_rank, args=(rank, case, port, work, argument, sender), daemon=True)
-        for rank in range(case.processes)
-    ]
-    for process in ranks:
-        process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise RuntimeError(f"a process of the case {case.name!r} died without a result") from None
-    finally:
-        for process in ranks:
+    with Ranks(case, _work_once, (work, argument)) as ranks:
+        answer = ranks.answer()
+    if isinstance(answer, _Died):
+        raise RuntimeError(answer)
+    return answer
+
+
+class _Died(str):
+    """What is told of a process that ended without an answer."""
+
+
+class Ranks:
+    """New processes of a case, one per rank, in one process group: each does body(case, argument, pipe)."""
+
+    def __init__(self, case: Case, body: Callable[[Case, Any, Connection], None], argument: object) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama", "transformers.trainer"])
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.case = case
+        self.pipes, self.processes = [], []
+        for rank in range(case.processes):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank, args=(rank, case, port, body, argument, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def tell(self, message: object) -> None:
+        """Send it to each rank; None: that was all."""
+        with suppress(BrokenPipeError):  # of one that died: `answer` tells
+            for pipe in self.pipes:
+                pipe.send(message)
+
+    def answer(self) -> Any:
+        """What rank 0 sends next."""
+        try:
+            return self.pipes[0].recv()
+        except (EOFError, ConnectionResetError):
+            return _Died(f"a process of the case {self.case.name!r} died without a result")
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tell(None)
+        for process in self.processes:
             process.join(10)
             process.kill()
 
 
 def _rank(
-    rank: int, case: Case, port: int, work: Callable[[Case, Any], Any], argument: object, sender: Connection
+    rank: int, case: Case, port: int, body: Callable[[Case, Any, Connection], None], argument: Any, pipe: Connection
 ) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(case.threads // case.processes)
@@ -105,43 +162,31 @@ def _rank(
     )
     with TemporaryDirectory() as folder:
         os.chdir(folder)  # some of the contenders write files
-        result = work(case, argument)
-    if rank == 0:
-        sender.send(result)
-    dist.barrier()
+        body(case, argument, pipe)
+        dist.barrier()
     os._exit(0)  # threads of the contenders, which wait for their next step, need not be unwound
 
 
-def _race(case: Case, rounds: int) -> dict[str, Times]:
-    names = contenders_of(case)
-    steps = WARMUP_STEPS + rounds
-    rows = rows_of(case, steps + 1, dist.get_rank())
-    times = {name: Times([]) for name in names}
-    racing: dict[str, Contender] = {}
-    for name in names:
-        try:
-            racing[name] = CONTENDERS[name](case, rows)
-        except Exception as error:
-            times[name].error = _told(error)
-    hidden = dist.get_rank() > 0
-    progress = tqdm(total=steps, desc=case.name, unit="round", leave=False, disable=True if hidden else None)
-    for number in range(steps):
-        order = list(racing)
-        for name in order[number % len(order) :] + order[: number % len(order)]:
+def _work_once(case: Case, argument: tuple[Callable[[Case, Any], Any], Any], pipe: Connection) -> None:
+    work, its_argument = argument
+    pipe.send(work(case, its_argument))
+
+
+def _take_turns(case: Case, argument: tuple[str, int], pipe: Connection) -> None:
+    """Answer that the contender is there, and each number of a step with its loss and time; or with an error."""
+    name, rounds = argument
+    if name not in PEERS:
+        keep_freed_memory()  # as titanlite.train does
+    rows = rows_of(case, WARMUP_STEPS + rounds + 1, dist.get_rank())
+    try:
+        contender = CONTENDERS[name](case, rows)
+        pipe.send((None, Seconds(0.0, 0.0)))
+        while (number := pipe.recv()) is not None:
             dist.barrier()
-            try:
-                loss, seconds = timed(lambda: racing[name].step(rows[number]))  # noqa: B023  called at once
-            except Exception as error:
-                times[name] = Times([], error=_told(error))
-                del racing[name]
-                continue
-            if number == 0 and loss is not None:
-                times[name].first_loss = float(loss)
-            if number >= WARMUP_STEPS:
-                times[name].seconds.append(seconds)
-        progress.update()
-    progress.close()
-    return times
+            loss, seconds = timed(lambda: contender.step(rows[number]))
+            pipe.send((None if loss is None else float(loss), seconds))
+    except Exception as error:
+        pipe.send(_told(error))
 
 
 def _weigh(case: Case, name: str) -> int | str:
