@@ -167,6 +167,17 @@ def test_rotation_is_a_complex_product_in_the_wider_type(dtype: torch.dtype) -> 
             )
 
 
+def test_rotations_that_were_cast_to_bfloat16_are_taken() -> None:
+    """As by FSDP2 where it casts what a block gets."""
+    rotations = rope_rotations(
+        torch.arange(5).unsqueeze(0), ModelConfig(dim=32, n_heads=2, n_kv_heads=1), torch.float32
+    )
+    x = torch.randn(1, 5, 2, 16).bfloat16()
+    got = apply_rope(x, rotations.bfloat16())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, apply_rope(x, rotations.bfloat16().float()), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_compilers_rotate_alike_without_complex_numbers(dtype: torch.dtype) -> None:
     config = ModelConfig(dim=32, n_heads=2, n_kv_heads=1)

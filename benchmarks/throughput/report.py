@@ -131,7 +131,7 @@ MiB that a process of its own takes for weights, gradients, optimiser state and 
 ## Steps
 
 Medians of {results.rounds} counted steps a contender after {WARMUP_STEPS} of warm-up, in turn; who begins a round
-changes.
+changes. First losses are those of rank 0's rows, titanlite's of all ranks'.
 
 {tables}
 

@@ -41,9 +41,9 @@ def rope_rotations(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -
 
 
 def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate x [B, S, H, head_dim] in the wider of its own and the rotations' dtype; the result has x's dtype."""
-    rotations = rotations.unsqueeze(2)
-    pairs = x.to(torch.promote_types(x.dtype, rotations.dtype)).unflatten(-1, (-1, 2))
+    """Rotate x [B, S, H, head_dim] in float32 or, if x or the rotations are wider, in that; the result has x's dtype."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, rotations.dtype), torch.float32)
+    pairs, rotations = x.to(wide).unflatten(-1, (-1, 2)), rotations.to(wide).unsqueeze(2)
     if torch.compiler.is_compiling():  # the compiler fuses single operations, and knows no complex numbers
         (even, odd), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)
         rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
