@@ -41,7 +41,7 @@ def rope_rotations(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -
 
 
 def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate x [B, S, H, head_dim] in float32 or, if x or the rotations are wider, in that; the result has x's dtype."""
+    """Rotate x [B, S, H, head_dim] in float32, or in what is wider of x and the rotations; the result has x's dtype."""
     wide = torch.promote_types(torch.promote_types(x.dtype, rotations.dtype), torch.float32)
     pairs, rotations = x.to(wide).unflatten(-1, (-1, 2)), rotations.to(wide).unsqueeze(2)
     if torch.compiler.is_compiling():  # the compiler fuses single operations, and knows no complex numbers
