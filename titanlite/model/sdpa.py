@@ -8,7 +8,7 @@ Autograd does not look inside a custom operation, so both directions call the AT
 hand the log-sum-exp from one to the other. Those two are private: tests/test_attention.py holds their signatures.
 """
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import torch
@@ -32,12 +32,13 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple
     """
     kv_heads = k.shape[2]
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _empty_lse(q).zero_()
+    documents, alone = _documents(starts)
     # A document of one token returns its value. There can be many (padding), and the loop leaves them out.
-    out.unflatten(2, (kv_heads, -1)).copy_(v.unsqueeze(3))
+    out.flatten(0, 1)[alone] = v.flatten(0, 1)[alone].repeat_interleave(q.shape[2] // kv_heads, 1)
     qs, ks, vs, outs = _by_group(q, kv_heads), _by_group(k, kv_heads), _by_group(v, kv_heads), _by_group(out, kv_heads)
     ks, vs = ks.expand_as(qs), vs.expand_as(qs)
     lses = _by_group(lse.unsqueeze(3), kv_heads).squeeze(3)
-    for document in _longer_than_one(starts):
+    for document in documents:
         outs[:, :, document], lses[:, :, document] = _flash(
             qs[:, :, document], ks[:, :, document], vs[:, :, document], 0.0, True
         )
@@ -55,22 +56,23 @@ def document_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given the gradient of the output; shapes as in `document_attention`."""
     kv_heads = k.shape[2]
-    # For a document of one token: only the value has a gradient.
-    grad_q = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    grad_k = torch.zeros_like(k, memory_format=torch.contiguous_format)
-    grad_v = grad.unflatten(2, (kv_heads, -1)).sum(3)
+    documents, alone = _documents(starts)
+    grad_q, grad_k, grad_v = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    # In a document of one token only the value has a gradient.
+    grad_q.flatten(0, 1)[alone], grad_k.flatten(0, 1)[alone] = 0.0, 0.0
+    grad_v.flatten(0, 1)[alone] = grad.flatten(0, 1)[alone].unflatten(1, (kv_heads, -1)).sum(2)
     saved = [_by_group(t, kv_heads) for t in (grad, q, k, v, out)]
     saved[2:4] = [t.expand_as(saved[1]) for t in saved[2:4]]
     lses = _by_group(lse.unsqueeze(3), kv_heads).squeeze(3)
     grad_qs, grad_ks, grad_vs = (_by_group(t, kv_heads) for t in (grad_q, grad_k, grad_v))
-    for document in _longer_than_one(starts):
+    for document in documents:
         parts = [t[:, :, document] for t in saved]
         if q.dtype is torch.bfloat16 and document.stop - document.start < _BFLOAT16_BACKWARD_FROM:
             parts = [t.float() for t in parts]
         gq, gk, gv = _flash_backward(*parts, lses[:, :, document], 0.0, True)
         grad_qs[:, :, document] = gq
-        grad_ks[:, :, document] = gk.sum(1, keepdim=True)
-        grad_vs[:, :, document] = gv.sum(1, keepdim=True)
+        grad_ks[:, 0, document] = _sum_of_group(gk)
+        grad_vs[:, 0, document] = _sum_of_group(gv)
     return grad_q, grad_k, grad_v
 
 
@@ -109,9 +111,19 @@ def _by_group(x: Tensor, kv_heads: int) -> Tensor:
     return x.flatten(0, 1).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
 
 
-def _longer_than_one(starts: Tensor) -> Iterator[slice]:
-    """Spans in the flattened [B * S] of the documents that have two tokens or more. Every row begins a document."""
-    begins = (starts == torch.arange(starts.shape[1])).flatten().nonzero().flatten().tolist()
-    for begin, end in zip(begins, [*begins[1:], starts.numel()], strict=True):
-        if end - begin > 1:
-            yield slice(begin, end)
+def _sum_of_group(x: Tensor) -> Tensor:
+    """[KV, H / KV, S, D] -> [KV, S, D]. torch.sum takes five times as long over so few."""
+    first, *others = x.unbind(1)
+    if len(others) > 1:  # bfloat16 is rounded once
+        first = first.to(torch.promote_types(x.dtype, torch.float32))
+    return functools.reduce(torch.add, others, first)
+
+
+def _documents(starts: Tensor) -> tuple[list[slice], Tensor]:
+    """In the flattened [B * S]: spans of the documents of two tokens or more, and the indices of those of one. Every row
+    begins a document."""
+    begins = (starts == torch.arange(starts.shape[1])).flatten().nonzero().flatten()
+    ends = torch.cat((begins[1:], begins.new_tensor([starts.numel()])))
+    alone = ends - begins == 1
+    spans = zip(begins[~alone].tolist(), ends[~alone].tolist(), strict=True)
+    return [slice(*span) for span in spans], begins[alone]
