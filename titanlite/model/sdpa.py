@@ -120,8 +120,10 @@ def _sum_of_group(x: Tensor) -> Tensor:
 
 
 def _documents(starts: Tensor) -> tuple[list[slice], Tensor]:
-    """In the flattened [B * S]: spans of the documents of two tokens or more, and the indices of those of one. Every row
-    begins a document."""
+    """In the flattened [B * S]: spans of the documents of two tokens or more, and the indices of those of one.
+
+    Every row begins a document.
+    """
     begins = (starts == torch.arange(starts.shape[1])).flatten().nonzero().flatten()
     ends = torch.cat((begins[1:], begins.new_tensor([starts.numel()])))
     alone = ends - begins == 1
