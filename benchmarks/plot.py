@@ -10,6 +10,7 @@ from pathlib import Path
 
 FLOOR = "GEMMs + needed attention"
 LEFT_OUT = {FLOOR, "GEMMs only"}
+COLUMNS = 2
 OURS, THEIRS = "#c0392b", "#8395a7"
 
 
@@ -30,9 +31,11 @@ def draw(cases: dict[str, dict[str, float]], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(cases), figsize=(3.4 * len(cases), 2.8), sharey=True, squeeze=False)
+    lines = -(-len(cases) // COLUMNS)
+    figure, panels = pyplot.subplots(lines, COLUMNS, figsize=(6.8, 0.4 + 2.3 * lines), sharey=True, squeeze=False)
     names = [name for name in next(iter(cases.values())) if name not in LEFT_OUT]
-    for panel, (case, speeds) in zip(panels[0], cases.items(), strict=True):
+    by_length = sorted(cases.items(), key=lambda item: int(item[0].split(",")[0].rsplit(" ", 1)[1]))
+    for panel, (case, speeds) in zip(panels.flat, by_length, strict=False):
         values = [speeds.get(name, 0.0) for name in names]
         panel.barh(names, values, color=[OURS if name == "titanlite" else THEIRS for name in names])
         panel.axvline(speeds[FLOOR], color="black", linestyle="--", linewidth=1)
@@ -40,6 +43,8 @@ def draw(cases: dict[str, dict[str, float]], out: Path) -> None:
         panel.set_title(f"{rows}, {number_format}", fontsize=9)
         panel.tick_params(labelsize=8)
         panel.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+    for panel in panels.flat[len(cases) :]:
+        panel.remove()
     panels[0][0].invert_yaxis()
     figure.supxlabel("tokens/s; dashed: matrix products and needed attention alone", fontsize=8)
     figure.tight_layout()
