@@ -112,6 +112,13 @@ def test_the_other_products_are_torchs(x: Tensor, dtype: torch.dtype) -> None:
     assert torch.equal(product, torch.mm(x.flatten(0, -2), layer.weight.t()))
 
 
+def test_autocast_takes_its_own_type() -> None:
+    layer, x = Linear(256, 256), torch.randn(128, 256)
+    with Calls(OP) as calls, torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert calls.count == 0
+
+
 @needs_onednn
 def test_compilers_and_fake_tensors_see_the_operation_as_it_is() -> None:
     a, b = torch.randn(64, 96), torch.randn(96, 48)

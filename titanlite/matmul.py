@@ -74,5 +74,6 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _by_onednn(x: Tensor, multiplications: int) -> bool:
-    worth_it = multiplications >= _WORTH_MULTIPLICATIONS
-    return _AVAILABLE and worth_it and x.device.type == "cpu" and x.dtype is torch.float32
+    if not _AVAILABLE or multiplications < _WORTH_MULTIPLICATIONS or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.device.type == "cpu" and x.dtype is torch.float32
