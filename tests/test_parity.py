@@ -497,10 +497,11 @@ def test_a_rank_that_does_not_come_back_ends_all_in_one_line(kind: str, seconds:
     assert multiprocessing.active_children() == before
 
 
-def verb(config: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def verb(config: Path, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run it with folder/tmp for its temporary files."""
     command = [sys.executable, "-m", "titanlite.parity", "--job.config_file", str(config), *arguments]
-    environment = os.environ | {"TMPDIR": str(config.parent / "tmp"), "OMP_NUM_THREADS": "1"}
-    (config.parent / "tmp").mkdir(exist_ok=True)
+    environment = os.environ | {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+    (folder / "tmp").mkdir(exist_ok=True)
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
@@ -508,9 +509,8 @@ def test_the_verb_prints_a_table_and_leaves_nothing_behind(config_file: Path) ->
     """The second "layout" clips at another norm: same loss and gradients at first, other weights."""
     reference = run("1x1", config_file)[0]
     before = set(config_file.parent.rglob("*"))
-    done = verb(
-        config_file, "--layouts", "2x1,1x1+training.max_norm=0.5", "--steps", "2", "--job.dump_folder", "runs/x"
-    )
+    layouts = ("--layouts", "2x1,1x1+training.max_norm=0.5")
+    done = verb(config_file, config_file.parent, *layouts, "--steps", "2", "--job.dump_folder", "runs/x")
     assert done.returncode == 1, done.stderr
     lines = done.stderr.splitlines()
     assert lines[-1].startswith(
@@ -533,7 +533,7 @@ def test_the_verb_prints_a_table_and_leaves_nothing_behind(config_file: Path) ->
 
 @pytest.mark.slow
 def test_a_layout_that_cannot_run_is_named(config_file: Path) -> None:
-    done = verb(config_file, "--layouts", "1x1,2x1", "--data.paths", "/nowhere/*.txt")
+    done = verb(config_file, config_file.parent, "--layouts", "1x1,2x1", "--data.paths", "/nowhere/*.txt")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("titanlite: layout 1x1: ")
     assert "/nowhere/*.txt" in done.stderr.splitlines()[-1]
@@ -580,6 +580,6 @@ def test_the_shipped_config_on_eight_layouts(tmp_path: Path) -> None:
         "2x1+compile",
     ]
     config = Path(__file__).parent.parent / "train_configs/debug.toml"
-    done = verb(config, "--layouts", ",".join(layouts))
+    done = verb(config, tmp_path, "--layouts", ",".join(layouts))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "all 9 layouts agree within 1e-09 in all 20 steps, validation and generation"
