@@ -1,5 +1,6 @@
 """Benchmarks measure what they say: the same work on all sides, floors that are floors, bounds that can be missed."""
 
+import os
 from dataclasses import replace
 from itertools import pairwise
 
@@ -77,6 +78,15 @@ def test_ours_and_transformers_have_one_loss_where_a_row_is_a_document() -> None
     ours = times["titanlite"].first_loss
     assert times["bare FSDP2 loop"].first_loss == pytest.approx(ours, rel=1e-5)
     assert times["transformers"].first_loss == pytest.approx(ours, rel=1e-5)
+
+
+def dies(case: Case, argument: object) -> None:
+    os._exit(3)
+
+
+def test_a_process_that_dies_is_told_and_not_waited_for() -> None:
+    with pytest.raises(RuntimeError, match="rows of 64.* died without a result"):
+        in_processes(Case(64, None, model=TINY, threads=1), dies, None)
 
 
 def test_a_bound_is_missed_only_where_the_better_quartile_misses_it_too() -> None:

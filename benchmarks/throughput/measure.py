@@ -67,7 +67,10 @@ def run_case(case: Case, rounds: int) -> dict[str, Times]:
         racing = {name: stack.enter_context(Ranks(case, _take_turns, (name, rounds))) for name in times}
 
         def hear(name: str) -> tuple[float | None, Seconds] | None:
-            answer = racing[name].answer()
+            try:
+                answer = racing[name].answer()
+            except RuntimeError as died:
+                answer = str(died)
             if isinstance(answer, str):
                 times[name] = Times([], error=answer)
                 del racing[name]
@@ -98,14 +101,7 @@ def peak_bytes(case: Case, name: str) -> int | str:
 def in_processes(case: Case, work: Callable[[Case, Any], Any], argument: object) -> Any:
     """What work(case, argument) returns on rank 0 of new processes."""
     with Ranks(case, _work_once, (work, argument)) as ranks:
-        answer = ranks.answer()
-    if isinstance(answer, _Died):
-        raise RuntimeError(answer)
-    return answer
-
-
-class _Died(str):
-    """What is told of a process that ended without an answer."""
+        return ranks.answer()
 
 
 class Ranks:
@@ -133,11 +129,11 @@ class Ranks:
                 pipe.send(message)
 
     def answer(self) -> Any:
-        """What rank 0 sends next."""
+        """What rank 0 sends next. Raises RuntimeError where it ended instead."""
         try:
             return self.pipes[0].recv()
         except (EOFError, ConnectionResetError):
-            return _Died(f"a process of the case {self.case.name!r} died without a result")
+            raise RuntimeError(f"a process of the case {self.case.name!r} died without a result") from None
 
     def __enter__(self) -> "Ranks":
         return self
