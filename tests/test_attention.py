@@ -9,9 +9,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from tests.calls import Calls
 from tests.documents import EOS, may_see, qkv, tokens_of
 from titanlite.model import attention, sdpa
 from titanlite.model.attention import IGNORE_INDEX, attend, build_documents, realise, resolve_backend
@@ -185,20 +185,13 @@ def test_selective_checkpointing_sees_the_operation_by_name(policy: CheckpointPo
         calls += op is torch.ops.titanlite.document_attention.default
         return policy
 
-    class Count(TorchDispatchMode):
-        runs = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            Count.runs += func is torch.ops.titanlite.document_attention.default
-            return func(*args, **(kwargs or {}))
-
     call = realisation("sdpa", tokens_of([[5, 9, 2]], 16))
     inputs = qkv(1, 16, 4, 2, torch.float64)
     context = functools.partial(create_selective_checkpoint_contexts, choose)
-    with Count():
+    with Calls(torch.ops.titanlite.document_attention.default) as runs:
         got = with_gradients(lambda *t: checkpoint(call, *t, use_reentrant=False, context_fn=context), inputs)
     assert calls >= 1
-    assert Count.runs == (1 if policy is CheckpointPolicy.MUST_SAVE else 2)
+    assert runs.count == (1 if policy is CheckpointPolicy.MUST_SAVE else 2)
     for mine, theirs in zip(got, with_gradients(call, inputs), strict=True):
         assert torch.equal(mine, theirs)
 

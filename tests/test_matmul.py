@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from tests.calls import Calls
 from titanlite import matmul
 from titanlite.matmul import Linear
 from titanlite.parallel.apply import _selective_contexts
@@ -19,16 +19,6 @@ needs_onednn = pytest.mark.skipif(not matmul._AVAILABLE, reason="a CPU without A
 OP = torch.ops.titanlite.linear.default
 LARGE = [(64, 256, 256), (512, 1, 8192), (300, 129, 127), (1, 2048, 2048), (2049, 64, 33)]
 """[M, K, N] with at least 2^22 multiplications each."""
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self, op: Callable[..., object]) -> None:
-        super().__init__()
-        self.op, self.count = op, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func is self.op
-        return func(*args, **(kwargs or {}))
 
 
 def assert_rounded_only(actual: Tensor, a: Tensor, b: Tensor) -> None:
