@@ -196,6 +196,12 @@ def test_selective_checkpointing_sees_the_operation_by_name(policy: CheckpointPo
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+def test_gradients_of_the_heads_of_a_group_add_up_with_one_rounding(heads: int) -> None:
+    parts = torch.randn(2, heads, 50, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(sdpa._sum_of_group(parts).bfloat16(), parts.double().sum(1).bfloat16())
+
+
 # Choosing
 
 
