@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.common import circumstances, command_line, publish
 from benchmarks.data import ROWS, SEQ_LEN, TOKENIZER, generate, raw_tiktoken, rows, texts_of, write
 from titanlite.config.sections import DataConfig
-from titanlite.data.loader import build_loader
+from titanlite.data.loader import Loader, build_loader
 from titanlite.tokenizer import Tokenizer
 
 CHARS_PER_TOKEN = 3.4  # of the shipped tokenizer on this text
@@ -45,10 +45,10 @@ def mapped(path: Path) -> Iterator[np.ndarray]:
             yield tokens[begin : begin + SEQ_LEN + 1].astype(np.int64)
 
 
-def loaded(path: Path, cache: Path, reader: str, num_workers: int) -> Iterator[object]:
+def loaded(path: Path, cache: Path, reader: str, num_workers: int) -> Loader:
     data = DataConfig(paths=(str(path),), cache_dir=str(cache), reader=reader, num_workers=num_workers)  # type: ignore[arg-type]
     tokenizer = Tokenizer.load(str(TOKENIZER))
-    return build_loader(data, tokenizer, seq_len=SEQ_LEN, global_batch_size=ROWS, seed=0, dp_rank=0, dp_degree=1)
+    return build_loader(data, tokenizer, seq_len=SEQ_LEN, global_batch_size=ROWS, seed=0)
 
 
 def take(stream: Iterator[object], steps: int) -> tuple[float, float]:
@@ -101,9 +101,10 @@ def measure_workers(folder: Path, rounds: int) -> str:
         for reader, steps in STEPS.items():
             for num_workers in WORKERS:
                 loader = loaded(path, cache, reader, num_workers)
-                next(loader)
-                per_wall, _ = take(loader, 4 * steps)
-                loader.close()  # type: ignore[attr-defined]
+                stream = iter(loader)
+                next(stream)
+                per_wall, _ = take(stream, 4 * steps)
+                loader.close()
                 if number:
                     figures.setdefault((reader, num_workers), []).append(per_wall)
     for num_workers in WORKERS:

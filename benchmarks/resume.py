@@ -34,6 +34,7 @@ class SyntheticReader:
 
     numbering = Numbering(np.array([NUM_DOCUMENTS]))
     num_tokens = NUM_DOCUMENTS * MEAN_TOKENS
+    on_demand = False
 
     def sizes(self, documents: np.ndarray) -> np.ndarray:
         return (documents * 2654435761 % (2 * MEAN_TOKENS - 1) + 1) * BYTES_PER_TOKEN
@@ -43,6 +44,9 @@ class SyntheticReader:
         lengths = sizes // BYTES_PER_TOKEN
         ids = np.repeat(documents % 8000, lengths).astype(np.int32)
         return Documents(ids, lengths, sizes, [])
+
+    def tokens(self, documents: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        raise AssertionError("they came with `read`")
 
     def locate(self, document: int) -> str:
         return f"document {document}"
@@ -60,6 +64,7 @@ def open_corpus() -> Corpus:
         "seed": 0,
         "shuffle_block": DataConfig().shuffle_block,
         "packing": "split",
+        "window_tokens": DataConfig().window_tokens,
         "held_out_fraction": 0.0,
         "tokenizer": "0" * 32,
         "sources": {"synthetic": "1 of 1 rows, " + "0" * 32},
@@ -68,27 +73,24 @@ def open_corpus() -> Corpus:
 
 
 def cursor_at(document: int) -> dict[str, object] | None:
-    """Of a run that has read about as many tokens as the documents before this one have, and this one's first."""
+    """Of a run whose window begins with this document, after about as many tokens as the documents before it have."""
     corpus = open_corpus()
     if not document:
         return None
     row = document * MEAN_TOKENS // SEQ_LEN
     tokens = row * SEQ_LEN
-    this = corpus.sources["synthetic"].order.documents(np.array([document]))
-    carried = int(SyntheticReader().sizes(this)[0]) // BYTES_PER_TOKEN - 1
     ledger = {
-        "tokens_read": tokens + 1 + carried,
+        "tokens_read": tokens + 1,
         "targets": tokens - document,
         "document_first": document + 1,
-        "carried": carried,
         "bytes": tokens * BYTES_PER_TOKEN,
     }
-    source = {"row": row, "document": document, "offset": 0, "ledger": ledger}
+    source = {"row": row, "document": document, "offset": 0, "dealt": 0, "ledger": ledger}
     return {"row": row, "sources": {"synthetic": source}, "stream": corpus.identity}
 
 
 def first_rows(document: int) -> tuple[float, int]:
-    """Seconds until the first step's rows are there, and bytes of the state behind them."""
+    """Seconds until the first step's rows are there, and bytes of the state after them."""
     cursor = cursor_at(document)
     begin = time.perf_counter()
     stream = open_rows(open_corpus(), DataConfig(), eos_id=1, num_rows=ROWS, cursor=cursor)

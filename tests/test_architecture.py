@@ -155,7 +155,7 @@ def private_names(path: str, source: str) -> Iterator[tuple[str, str]]:
 
 
 def too_long(path: str, source: str) -> Iterator[str]:
-    if (lines := len(source.splitlines())) > 320:
+    if (lines := len(source.splitlines())) > 400:
         yield f"{path}: {lines} lines: which room does it want to be?"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.end_lineno and (lines := node.end_lineno - node.lineno) >= 80:
@@ -212,7 +212,7 @@ def test_no_private_name_is_listed_in_vain() -> None:
         (unlisted_private_names, "optim.py", "import torch._dynamo"),
         (unlisted_private_names, "optim.py", "import torch\ntorch._C._cuda_init()"),
         (unlisted_private_names, "optim.py", "def f(x): return x._local_tensor"),
-        (too_long, "optim.py", 321 * "\n"),
+        (too_long, "optim.py", 401 * "\n"),
         (too_long, "optim.py", "def f():\n" + 80 * "    pass\n"),
         (undocumented, "optim.py", "import torch"),
     ],

@@ -190,7 +190,6 @@ from titanlite.config.sections import DataConfig
 from titanlite.data import corpus
 from titanlite.data.cache_writer import write_cache
 from titanlite.data.corpus import open_corpus, open_rows
-from titanlite.data.feed import Threads
 from titanlite.tokenizer import Tokenizer
 
 def peak():  # in KiB; ru_maxrss would be that of the process that started this one
@@ -200,14 +199,11 @@ before = peak()
 corpus.write_cache = lambda source, tokenizer, cache, _, *rest: write_cache(source, tokenizer, cache, 0, *rest)
 tokenizer = Tokenizer.load(sys.argv[1])
 data = DataConfig(paths=("a.jsonl",), reader=sys.argv[2], cache_dir="cache", shuffle=False, on_bad_record="skip")
-threads = Threads(1)
 opened = open_corpus(data, tokenizer, seq_len=2048, seed=0)
-rows = open_rows(opened, data, eos_id=tokenizer.eos_id, num_rows=1, threads=threads)
+rows = open_rows(opened, data, eos_id=tokenizer.eos_id, num_rows=1)
 while rows.take().counters[0][-1] < 2:  # the last of the three documents
     pass
 print((peak() - before) // 1024, rows.ledgers()["data"].bad_records)
-threads.close()
-threads.join(9)
 """
 
 

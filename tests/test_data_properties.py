@@ -4,6 +4,7 @@ import gzip
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.byte_tokenizer import ByteTokenizer
 from titanlite.config.sections import DataConfig, SourceConfig
-from titanlite.data import best_fit, feed, order
+from titanlite.data import feed, order
 from titanlite.data.cache_writer import write_cache
 from titanlite.data.loader import Batch, Loader, build_loader
 from titanlite.data.source import open_source
@@ -31,7 +32,6 @@ def _small_portions() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feed, "CHUNK_BYTES", 100)
         patch.setattr(feed, "_ORDER_DOCUMENTS", 9)
-        patch.setattr(best_fit, "WINDOW_ROWS", 3)
         yield
 
 
@@ -51,13 +51,12 @@ def write(folder: Path, kind: str, texts: list[str]) -> str:
 
 
 def build(data: DataConfig, shape: tuple[int, int], seed: int, **kwargs: Any) -> Loader:
-    defaults: dict[str, Any] = {"seq_len": shape[0], "global_batch_size": shape[1], "seed": seed}
-    return build_loader(data, ByteTokenizer(), **defaults | {"dp_rank": 0, "dp_degree": 1} | kwargs)
+    return build_loader(data, ByteTokenizer(), seq_len=shape[0], global_batch_size=shape[1], seed=seed, **kwargs)
 
 
 def take(loader: Loader, number: int) -> list[Batch]:
     try:
-        return [next(loader) for _ in range(number)]
+        return list(islice(loader, number))
     finally:
         loader.close()
 
@@ -80,6 +79,7 @@ corpora = st.dictionaries(
     seed=st.integers(0, 2**32),
     shape=st.tuples(st.integers(1, 24), st.sampled_from([24, 8, 7, 5, 1])),
     packing=st.sampled_from(["split", "best_fit"]),
+    window_tokens=st.sampled_from([1, 40, 100, 300]),
     held_out=st.sampled_from([0.0, 0.0, 0.3]),
     block=st.integers(0, 5),
     lives=st.lists(
@@ -94,6 +94,7 @@ def test_rows_do_not_depend_on_ranks_readers_threads_and_restarts(
     seed: int,
     shape: tuple[int, int],
     packing: str,
+    window_tokens: int,
     held_out: float,
     block: int,
     lives: list[tuple[int, bool, int, int]],
@@ -112,6 +113,7 @@ def test_rows_do_not_depend_on_ranks_readers_threads_and_restarts(
         sources=sources,
         cache_dir=str(folder / "cache"),
         packing=packing,  # type: ignore[arg-type]
+        window_tokens=window_tokens,
         held_out_fraction=held_out,
         shuffle=block > 0,
         shuffle_block=block or 4096,
@@ -164,10 +166,11 @@ def test_every_document_is_read_once_per_epoch(
     kind: str,
     share: float,
 ) -> None:
-    """The stream is taken apart again at its eos tokens: no other knowledge of the order is used."""
+    """The stream is taken apart again at its eos tokens: no other knowledge of the order is used. Windows are of one
+    row, so that rows come in natural order."""
     folder = tmp_path_factory.mktemp("corpus")
     data = DataConfig(paths=(write(folder, kind, texts),), cache_dir=str(folder / "cache"), num_workers=0, prefetch=0)
-    data = replace(data, shuffle=block > 0, shuffle_block=block or 4096, held_out_fraction=share)
+    data = replace(data, shuffle=block > 0, shuffle_block=block or 4096, held_out_fraction=share, window_tokens=1)
     if kind == "gz":
         write_cache(
             open_source("data", SourceConfig(paths=data.paths), data.cache_dir),

@@ -160,7 +160,7 @@ def test_order_is_the_one_that_checkpoints_rely_on() -> None:
 
 
 def test_cursor_survives_json() -> None:
-    cursor = SourceCursor(1, 2, 3, Ledger(*range(4, len(dataclasses.fields(Ledger)) + 4)))
+    cursor = SourceCursor(1, 2, 3, 4, Ledger(*range(5, len(dataclasses.fields(Ledger)) + 5)))
     assert SourceCursor.from_dict(json.loads(json.dumps(cursor.to_dict()))) == cursor
     assert SourceCursor.from_dict(json.loads(json.dumps(SourceCursor().to_dict()))) == SourceCursor()
 
@@ -237,7 +237,7 @@ def test_bad_record_ends_the_chunk_or_is_left_out(bad: str | BaseException) -> N
     assert skipped.lengths.tolist() == [3, 0, 3]
     assert skipped.bad.tolist() == [False, True, False]
     assert skipped.error is None
-    assert [str(b).split()[0] for b in skipped.bad_records] == ["file:2:"]
+    assert [(place, str(b).split()[0]) for place, b in skipped.bad_records] == [(1, "file:2:")]
 
 
 @pytest.mark.parametrize("broken", [SourceError("file:2: gone"), "bug"])

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torchdata.nodes.loader import LoaderIterator
 
 from tests.lives import LONG, Lives, lives, num_steps, until
 from tests.tiny_run import NUM_DOCUMENTS, descendants, fingerprints, text, write_config
@@ -107,15 +108,15 @@ def launch(config: Path, log: Path, *options: str, fault: str) -> "subprocess.Po
 
 
 def stall_the_loader(rank: int) -> None:
-    right = Loader.__next__
+    right = LoaderIterator.next
 
-    def stalled_read(self: Loader) -> Batch:
+    def stalled_read(self: LoaderIterator[Batch]) -> Batch:
         batch = right(self)
         if rank == 1 and batch.cursor["row"] == 6 * 8:
             time.sleep(1000)
         return batch
 
-    Loader.__next__ = stalled_read  # type: ignore[method-assign]
+    LoaderIterator.next = stalled_read  # type: ignore[method-assign]
 
 
 def stall_the_forward_pass(rank: int) -> None:

@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torchdata.nodes.loader import LoaderIterator
 
 from tests.tiny_run import metrics, write_config
-from titanlite.data.loader import Batch, Loader
+from titanlite.data.loader import Batch
 from titanlite.job import Job
 from titanlite.loss import OutputHead
 from titanlite.model import selfcheck
@@ -32,13 +33,13 @@ def started(config: Path, *overrides: str) -> int:
 def test_the_first_batch_is_held_against_the_packer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = Loader.__next__
+    right = LoaderIterator.next
 
-    def moved(self: Loader) -> Batch:
+    def moved(self: LoaderIterator[Batch]) -> Batch:
         batch = right(self)
         return replace(batch, starts=[*batch.starts[:-1], np.array([0, 63])])
 
-    monkeypatch.setattr(Loader, "__next__", moved)
+    monkeypatch.setattr(LoaderIterator, "next", moved)
     assert started(write_config(tmp_path)) == 1
     assert "row 7 of the first batch: by eos_id = 257 a document begins at position" in capsys.readouterr().err
     assert metrics(tmp_path / "run") == []

@@ -286,7 +286,7 @@ def other_generating_weights(patch: pytest.MonkeyPatch, rank: int) -> None:
     [
         (skip_all_reduce, "hsdp2x1", 1, "gradient of output.weight", "ranks 0-1"),
         (wrong_divisor, "2x1", 2, "loss", "ranks 0-1"),
-        (blind_mask, "2x1", 1, "activation layers.0.attention", "rows 5, 7 of the batch (rank 1)"),
+        (blind_mask, "2x1", 1, "activation layers.0.attention", "rows 4, 6 of the batch (rank 1)"),
         (shifted_rope, "2x1", 1, "activation layers.0.attention", "rows 4-7 of the batch (rank 1)"),
         (shifted_positions, "2x1", 1, "activation rotary cosines", "rows 4-7 of the batch (rank 1)"),
         (shifted_positions, "1x2", 1, "activation rotary cosines", "rows 0-7 of the batch (ranks 0-1)"),
@@ -294,7 +294,7 @@ def other_generating_weights(patch: pytest.MonkeyPatch, rank: int) -> None:
         (other_initial_weights, "2x1", 0, "initial weight tok_embeddings.weight", "ranks 0-1"),
         (other_loader, "2x1", 1, "batch", "rows 4-7 of the batch (rank 1)"),
         (other_rows, "2x1", 2, "activation document starts", "rows 4-7 of the batch (rank 1)"),
-        (other_rows, "1x2", 2, "activation document starts", "rows 0-7 of the batch (ranks 0-1)"),
+        (other_rows, "1x2", 2, "activation document starts", "rows 0-1, 3-4, 6-7 of the batch (ranks 0-1)"),
         (other_update, "hsdp2x1", 1, "weight tok_embeddings.weight", "rank 1"),
         (smaller_set, "2x1", "validation", "set", "ranks 0-1"),
         (validation_over_ranks, "2x1", "validation", "loss", "ranks 0-1"),

@@ -7,7 +7,9 @@ import re
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,10 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny_run
+from tests.naive_stream import dealt_rows
 from titanlite import show
 from titanlite.config import Config, dump_toml, load_config
 from titanlite.data.corpus import open_corpus, open_rows
-from titanlite.data.feed import EndOfData, StreamSource, Threads
+from titanlite.data.feed import EndOfData, StreamSource, in_threads_of, one_by_one
 from titanlite.data.loader import Batch, build_loader
 from titanlite.data.order import DocumentOrder
 from titanlite.data.source import Numbering
@@ -34,6 +37,7 @@ from titanlite.metrics import RunLog
 from titanlite.tokenizer import Tokenizer
 
 STEPS, ROWS, SEQ_LEN = 9, 4, 48
+WINDOW_ROWS = 64
 BEGIN, END = "<|begin|>", "<|end|>"
 
 
@@ -67,7 +71,7 @@ def make_config(folder: Path, **overrides: Any) -> Path:
         b = write_jsonl(folder / "b.jsonl", texts("b", 11))
         paths = {"data__paths": [], "data.sources.a__paths": [a], "data.sources.b__paths": [b]}
     sizes = {"training__seq_len": SEQ_LEN, "training__global_batch_size": ROWS, "training__local_batch_size": ROWS}
-    blocks = {"data__num_workers": 0, "data__prefetch": 0}
+    blocks = {"data__num_workers": 0, "data__prefetch": 0, "data__window_tokens": WINDOW_ROWS * SEQ_LEN}
     if overrides.get("data__shuffle", True):
         blocks["data__shuffle_block"] = 16
     return tiny_run.write_config(folder, **{**sizes, **blocks, **paths, **overrides})
@@ -92,7 +96,7 @@ def train(config: Config, steps: int = STEPS, dp_degree: int = 2, log: bool = Tr
         )
         for rank in range(dp_degree)
     ]
-    batches = [[next(loader) for _ in range(steps)] for loader in loaders]
+    batches = [list(islice(loader, steps)) for loader in loaders]
     folder = Path(config.job.dump_folder)
     if log:
         with RunLog(folder, start_step=0, total_steps=steps, enable_tensorboard=False) as run_log:
@@ -132,14 +136,15 @@ def test_every_way_to_a_step_gives_the_rows_that_its_ranks_trained_on(
         data = replace(config.data, reader="cached" if way == "cached" else "streamed", num_workers=2)
         corpus = open_corpus(data, tokenizer, seq_len=SEQ_LEN, seed=0)
         for step in range(STEPS):
-            threads = Threads(2) if "threads" in way else None
-            cursor = seek(corpus, data, eos_id=tokenizer.eos_id, row=step * ROWS, threads=threads)
+            with ThreadPoolExecutor(2) as pool:
+                ahead = in_threads_of(pool) if "threads" in way else one_by_one
+                cursor = seek(corpus, data, eos_id=tokenizer.eos_id, row=step * ROWS, read_ahead=ahead)
             if step:
                 assert cursor["row"] == logged[step - 1]["row"]
                 for source, place in logged[step - 1]["sources"].items():
                     found = cursor["sources"][source]
-                    assert [found[key] for key in ("row", "document", "offset")] == [
-                        place[key] for key in ("row", "document", "offset")
+                    assert [found[key] for key in ("row", "document", "offset", "dealt")] == [
+                        place[key] for key in ("row", "document", "offset", "dealt")
                     ]
                     if way != "cached" or data.packing == "best_fit":
                         assert found == place  # with the same ledger, as nothing was jumped over
@@ -147,8 +152,6 @@ def test_every_way_to_a_step_gives_the_rows_that_its_ranks_trained_on(
             expected = np.concatenate([rank[step].rows.numpy() for rank in ranks])
             assert np.array_equal(rows.tokens, expected)
             assert rows.row_index.tolist() == [i for rank in ranks for i in rank[step].row_index]
-            if threads:
-                threads.close()
     for step in (0, 1, STEPS - 1):
         by_run = shown(capsys, "--run", tmp_path / "run", "--step", step + 1)
         found = fingerprint([rank[step] for rank in ranks])
@@ -186,17 +189,17 @@ def test_pieces_are_those_of_a_stream_written_down_as_a_list(block: int, tmp_pat
     tokenizer = Tokenizer.load(config.tokenizer.path)
     corpus = open_corpus(config.data, tokenizer, seq_len=SEQ_LEN, seed=0)
     documents = texts("a", 61)
-    stream = naive_stream(documents, range(180), block)
+    stream = naive_stream(documents, range(200), block)
     rows = open_rows(corpus, config.data, eos_id=tokenizer.eos_id, num_rows=300).take()
     order = DocumentOrder(61, 0, block)
-    for row in range(300):
-        tokens = stream[row * SEQ_LEN : (row + 1) * SEQ_LEN + 1]
-        if tokens[-1][1] == 0:  # the token behind the inputs begins a document: it is no target
-            tokens.pop()
+    epochs = [counter // 61 for counter, _, _ in stream]
+    places = dealt_rows(epochs, 300, SEQ_LEN, WINDOW_ROWS, 0, "data") if block else range(300)
+    for row, place in enumerate(places):
+        tokens = stream[place * SEQ_LEN : (place + 1) * SEQ_LEN + 1]
         expected: dict[int, list[tuple[int, int]]] = {}
         for counter, k, token in tokens:
             expected.setdefault(counter, []).append((k, token))
-        pieces = pieces_of(rows, row, corpus, tokenizer.eos_id)
+        pieces = pieces_of(rows, row, corpus)
         assert [piece.counter for piece in pieces] == list(expected)
         for piece in pieces:
             assert piece.offset == expected[piece.counter][0][0]
@@ -220,7 +223,7 @@ def test_best_fit_pieces_are_slices_of_their_documents_and_then_pads(name: str, 
     for _ in range(100):
         rows = stream.take()
         for row in range(ROWS):
-            pieces = pieces_of(rows, row, corpus, tokenizer.eos_id)
+            pieces = pieces_of(rows, row, corpus)
             assert np.array_equal(np.concatenate([piece.ids for piece in pieces]), rows.tokens[row])
             for piece in pieces[:-1]:
                 assert piece.place
@@ -290,29 +293,44 @@ def test_a_jump_lands_where_counting_document_by_document_does(data: st.DataObje
         kept, held_out = lengths, [False] * len(lengths)
     source = source_of(lengths, held_out, data.draw(st.integers(0, 12)))
     seq_len = data.draw(st.integers(1, 30))
-    row = data.draw(st.integers(1, 3 * sum(kept) // seq_len + 1))
+    window_rows = data.draw(st.integers(1, 9))
+    row = data.draw(st.integers(0, 3 * sum(kept) // seq_len + 1))
     with patch.multiple(seek_module, _STRIDE_DOCUMENTS=data.draw(st.integers(1, 20)), _BLOCK=5):
         assert np.concatenate([*trained_lengths(source)]).tolist() == kept
-        cursor = jump(source, row, seq_len)
-    left, counter = row * seq_len, 0
-    while left >= (length := kept[int(source.order.documents(np.array([counter]))[0])]):
-        left, counter = left - length, counter + 1
-    assert (cursor.row, cursor.document, cursor.offset) == (row, counter, left)
-    assert cursor.ledger.closes()
-    assert cursor.ledger.carried == length - left - 1
+        cursor = jump(source, row, window_rows, seq_len)
+    tokens: list[tuple[int, int]] = []
+    counter = 0
+    while len(tokens) <= (row + window_rows + 1) * seq_len:
+        length = kept[int(source.order.documents(np.array([counter]))[0])]
+        tokens += [(counter, k) for k in range(length)]
+        counter += 1
+    first = 0
+    while True:  # window by window
+        behind = first + 1
+        while behind - first < window_rows:
+            if tokens[(behind + 1) * seq_len][0] // len(kept) > tokens[(first + 1) * seq_len][0] // len(kept):
+                break
+            behind += 1
+        if row < behind:
+            break
+        first = behind
+    assert (cursor.row, cursor.dealt) == (first, 0)
+    assert (cursor.document, cursor.offset) == (tokens[first * seq_len] if first else (0, 0))
 
 
 def test_a_jump_over_many_epochs_takes_no_time_and_ends_with_the_data() -> None:
     lengths = [3, 0, 5, 2] * 50
     source = source_of(lengths, [False] * 200, 16)
-    cursor = jump(source, 10**12, 50)  # 10^11 epochs of 500 tokens
-    assert (cursor.document, cursor.offset) == (10**11 * 200, 0)
+    cursor = jump(source, 10**12 + 3, 4, 50)  # 10^11 epochs of 500 tokens
+    # The last row of an epoch ends with the first token of the next one, with whose windows it is dealt: they begin
+    # with row 10^12 - 1, which is the last of 10 rows of 50 tokens.
+    assert (cursor.row, cursor.document // 200) == (10**12 + 3, 10**11)
     limited = source_of(lengths, [False] * 200, 16, max_epochs=2)
-    assert jump(limited, 19, 50).document // 200 == 1
+    assert jump(limited, 18, 4, 50).document // 200 == 1
     with pytest.raises(EndOfData, match="no row left after max_epochs = 2"):
-        jump(limited, 20, 50)
+        jump(limited, 20, 1, 50)
     with pytest.raises(ValueError, match="no document is left to train on"):
-        jump(source_of([3, 4], [True, True], 0), 1, 2)
+        jump(source_of([3, 4], [True, True], 0), 1, 4, 2)
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
@@ -348,11 +366,9 @@ def test_a_step_keeps_its_rows_where_the_batch_size_changed_on_resume(
         seq_len=SEQ_LEN,
         global_batch_size=6,
         seed=0,
-        dp_rank=0,
-        dp_degree=1,
         cursor=first[0][1].cursor,
     )
-    batch = next(loader)
+    batch = next(iter(loader))
     with RunLog(tmp_path / "run", start_step=2, total_steps=9, enable_tensorboard=False) as run_log:
         run_log.step(3, fingerprint([batch]), batch.cursor)
     assert "4 rows of" in shown(capsys, "--run", tmp_path / "run", "--step", 2)
@@ -530,7 +546,7 @@ def measured(*arguments: object) -> tuple[str, float]:
 
 def test_answers_within_two_seconds_and_without_torch(tmp_path: Path) -> None:
     """20 MB in 40,000 documents, from the log of a run and, some epochs on, from the cache."""
-    path = make_config(tmp_path, training__seq_len=512, training__global_batch_size=64)
+    path = make_config(tmp_path, training__seq_len=512, training__global_batch_size=64, data__window_tokens=2**21)
     write_jsonl(tmp_path / "a.jsonl", ["x" * (50 + i * 977 % 900) for i in range(40_000)])
     config = load(path)
     train(config, steps=3, dp_degree=1)

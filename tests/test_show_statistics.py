@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.test_data_best_fit import naive_windows
+from tests.test_data_windows import naive_windows
 from tests.test_show import CORPORA, SEQ_LEN, load, make_config, shown, texts, write_jsonl
-from titanlite.data import best_fit
 from titanlite.data.corpus import open_corpus
 from titanlite.inspection import survey as survey_module
 from titanlite.inspection.survey import Survey, pack, survey
@@ -49,7 +48,7 @@ def naive_split(lengths: list[int], num_rows: int, seq_len: int) -> tuple[int, i
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(3, 20))
 def test_split_figures_equal_those_of_a_list_of_tokens(lengths: list[int], seq_len: int) -> None:
-    with patch.multiple(survey_module, _PACKED_ROWS=8, _PORTION=4):
+    with patch.object(survey_module, "_PACKED_ROWS", 8):
         packing = pack(np.array(lengths), "split", seq_len)
     pieces, squares, fitting, cut = naive_split(lengths, 8, seq_len)
     assert packing.num_rows == 8
@@ -62,17 +61,19 @@ def test_split_figures_equal_those_of_a_list_of_tokens(lengths: list[int], seq_l
 @settings(max_examples=30)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(3, 20))
 def test_best_fit_figures_equal_those_of_the_naive_packer(lengths: list[int], seq_len: int) -> None:
-    with patch.multiple(survey_module, _PACKED_ROWS=8, _PORTION=4), patch.object(best_fit, "WINDOW_ROWS", 4):
+    with patch.object(survey_module, "_PACKED_ROWS", 8):
         packing = pack(np.array(lengths), "best_fit", seq_len)
-        many = lengths * (40 * seq_len // sum(lengths) + 2)
-        rows = [row for window in naive_windows(many, seq_len, 4, len(many), seed=0)[:-1] for row in window.rows][:8]
-    assert len(rows) == packing.num_rows == 8
+    many = lengths * (40 * seq_len // sum(lengths) + 2)
+    rows = naive_windows(many, len(many), "best_fit", seq_len, 8)[0].rows
+    assert len(rows) == packing.num_rows
     pads = sum(row.count(None) for row in rows)
-    assert packing.padding == pytest.approx(pads / (8 * (seq_len + 1)))
-    per_row = [Counter(token[0] for token in row if token) for row in rows]
-    assert packing.documents_per_row == sum(map(len, per_row)) / 8
+    assert packing.padding == pytest.approx(pads / (len(rows) * (seq_len + 1)))
+    per_row = [Counter(token[0] for token in row[:-1] if token) for row in rows]
+    assert packing.documents_per_row == sum(map(len, per_row)) / len(rows)
     inputs = [Counter(("pad", k) if token is None else token[0] for k, token in enumerate(row[:-1])) for row in rows]
-    assert packing.attention == pytest.approx(sum(n**2 for row in inputs for n in row.values()) / (8 * seq_len**2))
+    assert packing.attention == pytest.approx(
+        sum(n**2 for row in inputs for n in row.values()) / (len(rows) * seq_len**2)
+    )
     assert packing.cut == 0
 
 

@@ -24,7 +24,6 @@ from tests.make_tokenizers import single_bytes, write_tokenizer
 from tests.tiny_run import metrics, state_of, text, write_config
 from titanlite.config import Config, load_config
 from titanlite.data.corpus import open_corpus
-from titanlite.data.feed import EndOfData
 from titanlite.data.loader import build_loader
 from titanlite.data.validation_set import ValidationSet, build_validation_set, validation_sources
 from titanlite.model import Documents, Llama, realise
@@ -340,9 +339,9 @@ def test_what_is_validated_on_is_never_trained_on(tmp_path: Path, reader: str) -
     path = write_config(tmp_path, paths=str(tmp_path / "distinct/*.txt"), **HELD, training__seq_len=4096)
     config = config_of(path, "--data.packing=best_fit", "--data.max_epochs=1", f"--data.reader={reader}")
     tokenizer = Tokenizer.load(config.tokenizer.path)
-    loader = build_loader(config.data, tokenizer, seq_len=4096, global_batch_size=1, seed=0, dp_rank=0, dp_degree=1)
+    loader = build_loader(config.data, tokenizer, seq_len=4096, global_batch_size=1, seed=0)
     rows: list[np.ndarray] = []
-    with contextlib.closing(loader), contextlib.suppress(EndOfData):
+    with contextlib.closing(loader):
         for batch in loader:
             rows += [row.numpy() for row in batch.rows]
     epoch = documents_of(rows, tokenizer)

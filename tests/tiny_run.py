@@ -40,7 +40,11 @@ def write_config(folder: Path, *, paths: str | None = None, **overrides: Any) ->
         "job": {"dump_folder": str(folder / "run")},
         "tokenizer": {"path": str(tokenizer)},
         "model": {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 64, "vocab_size": 260},
-        "data": {"paths": [paths or write_corpus(folder / "corpus")], "cache_dir": str(folder / "cache")},
+        "data": {
+            "paths": [paths or write_corpus(folder / "corpus")],
+            "cache_dir": str(folder / "cache"),
+            "window_tokens": 64 * overrides.get("training__seq_len", 64),  # the smallest window: runs meet many
+        },
         "training": {"steps": 8, "seq_len": 64, "global_batch_size": 8, "local_batch_size": 2},
         "optimizer": {"lr": 1e-2},
         "checkpoint": {"interval": 4},

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,7 +19,7 @@ from tests.byte_tokenizer import ByteTokenizer
 from titanlite.config.sections import SourceConfig
 from titanlite.data import shard_writer, shards
 from titanlite.data.cache_writer import write_cache
-from titanlite.data.source import Source, open_source
+from titanlite.data.source import Source, SourceError, open_source
 from titanlite.data.stream import Documents
 from titanlite.data.token_cache import CachedReader, open_cache
 
@@ -88,9 +89,19 @@ def cached(source: Source, folder: Path, tokenizer: ByteTokenizer | None = None)
     return reader
 
 
+def read_whole(reader: CachedReader, documents: np.ndarray, keep: np.ndarray) -> Documents:
+    """The documents with their tokens; where these cannot be had, the error."""
+    read = reader.read(documents, keep)
+    try:
+        ids = reader.tokens(documents[: len(read.lengths)], np.zeros_like(read.lengths), read.lengths)
+    except SourceError as error:
+        return replace(read, error=error)
+    return replace(read, ids=ids)
+
+
 def everything(reader: CachedReader) -> Documents:
     documents = np.arange(reader.numbering.num_documents)
-    return reader.read(documents, np.ones(len(documents), bool))
+    return read_whole(reader, documents, np.ones(len(documents), bool))
 
 
 def whole(folder: Path) -> bool:
@@ -102,7 +113,11 @@ def whole(folder: Path) -> bool:
         lines = (folder / "a.jsonl").read_text().splitlines()
         ids = [ByteTokenizer().encode_document(json.loads(line)["text"]) for line in lines]
         got = everything(reader)
-        return np.array_equal(got.ids, np.concatenate(ids)) and got.lengths.tolist() == [len(i) for i in ids]
+        return (
+            got.ids is not None
+            and np.array_equal(got.ids, np.concatenate(ids))
+            and got.lengths.tolist() == [len(i) for i in ids]
+        )
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -141,6 +141,7 @@ class Job:
         cursor = meta.get("cursor")
         self.tokenizer, self.loader = open_data(self.config, self.mesh, self.folder, cursor, self.watchdog)
         self._stack.callback(self.loader.close)
+        self._batches = iter(self.loader)  # it begins to read
         self._validation = open_validation(self.config, self.mesh, self.tokenizer, self.loader.opened, self.watchdog)
         self._membership.start()
         self._phase("comparing data")
@@ -199,9 +200,8 @@ class Job:
         self.watchdog.mark("waiting for its data", self.trainer.step + 1)
         with self.report.throughput.waiting_for_data():
             try:
-                batch = next(self.loader)
-            except EndOfData as end:  # at the same step on every rank: it follows from the data alone
-                self._data_ended = end
+                batch = next(self._batches, None)
+                self._data_ended = self.loader.ended  # at the same step on every rank: it follows from the data alone
             except Exception as error:  # of any kind: the other ranks must hear of it instead of waiting
                 problem = str(error) or repr(error)
         shares = torch.zeros(5, dtype=torch.int64)

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from bisect import bisect_left
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ import numpy as np
 from titanlite.config import Config, ConfigError, OneLineParser, load_config
 from titanlite.data.cache_writer import available_cores
 from titanlite.data.corpus import Corpus, open_corpus, open_rows
-from titanlite.data.feed import EndOfData, Threads
-from titanlite.data.packing import fingerprint_part, row_digest
+from titanlite.data.feed import EndOfData, ReadAhead, in_threads_of, one_by_one
 from titanlite.data.rows import StepRows
 from titanlite.data.stream import SourceCursor
-from titanlite.data.token_cache import CachedReader
+from titanlite.data.windows import fingerprint_part, row_digest
 from titanlite.inspection.seek import seek
 from titanlite.inspection.survey import pack_every_way, survey
 from titanlite.inspection.transcript import pieces_of, row_text, statistics_text, step_text
@@ -130,13 +130,13 @@ def show_step(config: Config, options: argparse.Namespace) -> bool:
     # The rows are the same whatever reads them: a cache is taken where it is there, and not written only to look.
     config = replace(config, data=replace(config.data, reader="auto"))
     tokenizer, corpus = open_all(config)
-    step, threads = None, None
+    pool: ThreadPoolExecutor | None = None
+    read_ahead: ReadAhead = one_by_one
     try:
         if options.run is None:
-            if any(not isinstance(source.reader, CachedReader) for source in corpus.sources.values()):
-                threads = Threads(num_threads := available_cores())
-                config = replace(config, data=replace(config.data, num_workers=num_threads))
-            step = find_in_stream(config, corpus, tokenizer.eos_id, options.step, threads)
+            if not all(source.reader.on_demand for source in corpus.sources.values()):
+                read_ahead = in_threads_of(pool := ThreadPoolExecutor(available_cores()))
+            step = find_in_stream(config, corpus, tokenizer.eos_id, options.step, read_ahead)
         else:
             step = find_in_run(Path(options.run), config, corpus, options.step)
         if options.row is not None and not 0 <= options.row < step.num_rows:
@@ -149,14 +149,13 @@ def show_step(config: Config, options: argparse.Namespace) -> bool:
             num_rows=step.num_rows,
             cursor=step.cursor,
             saved_corpus=saved_corpus,
-            threads=threads,
+            read_ahead=read_ahead,
         ).take()
     except EndOfData as end:
         raise ValueError(f"--step {options.step} lies beyond the end of the data: {end}") from end
     finally:
-        if threads is not None:
-            threads.close()
-            threads.join(5)
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
     fingerprint = f"{fingerprint_part(np.array([row_digest(row) for row in rows.tokens], np.uint64), 0):016x}"
     print(_header(step, rows, corpus, fingerprint), end="\n\n")
     if options.row is None:
@@ -164,7 +163,7 @@ def show_step(config: Config, options: argparse.Namespace) -> bool:
     else:
         name = list(corpus.sources)[int(rows.sources[options.row])]
         print(f"row {options.row}, which is row {rows.row_index[options.row]:,} of the stream, from source {name}")
-        print(row_text(pieces_of(rows, options.row, corpus, tokenizer.eos_id), tokenizer, raw=options.raw))
+        print(row_text(pieces_of(rows, options.row, corpus), tokenizer, raw=options.raw))
     if step.fingerprint in (None, fingerprint):
         return True
     sys.stdout.flush()
@@ -189,11 +188,12 @@ def open_all(config: Config) -> tuple[Tokenizer, Corpus]:
     return tokenizer, open_corpus(config.data, tokenizer, seq_len=config.training.seq_len, seed=config.training.seed)
 
 
-def find_in_stream(config: Config, corpus: Corpus, eos_id: int, number: int, threads: Threads | None) -> Step:
+def find_in_stream(config: Config, corpus: Corpus, eos_id: int, number: int, read_ahead: ReadAhead) -> Step:
     """A step that no run need have made, from the lengths in the token cache, else from the text."""
     num_rows = config.training.global_batch_size
-    cursor = seek(corpus, config.data, eos_id=eos_id, row=(number - 1) * num_rows, threads=threads)
-    return Step(number, num_rows, "by reading up to it" if threads else "by the token cache", cursor)
+    cursor = seek(corpus, config.data, eos_id=eos_id, row=(number - 1) * num_rows, read_ahead=read_ahead)
+    cached = all(source.reader.on_demand for source in corpus.sources.values())
+    return Step(number, num_rows, "by the token cache" if cached else "by reading up to it", cursor)
 
 
 def find_in_run(folder: Path, config: Config, corpus: Corpus, number: int) -> Step:

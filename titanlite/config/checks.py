@@ -25,7 +25,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         " training.global_batch_size training.max_skipped_steps parallelism.data_parallel_replicate_degree"
         " parallelism.tensor_parallel_degree checkpoint.interval metrics.log_freq profiling.profile_freq"
         " comm.init_timeout_seconds comm.train_timeout_seconds validation.freq validation.sample_freq"
-        " validation.sample_tokens",
+        " validation.sample_tokens data.window_tokens",
     ),
     (
         "-1, or from 1 to 2147483647",
@@ -180,6 +180,11 @@ def _data(config: Config) -> Iterator[str]:
     default = SCHEMA["data"]
     if not d.shuffle and d.shuffle_block != default["shuffle_block"].default:
         yield _no_effect("data.shuffle_block", d.shuffle_block, "data.shuffle = false", "shuffle = true")
+    if d.window_tokens < 64 * (seq_len := config.training.seq_len):
+        yield (
+            f"data.window_tokens = {d.window_tokens} is less than 64 rows of training.seq_len = {seq_len}, from which a"
+            f" step would be drawn: use {64 * seq_len} or more"
+        )
     if d.on_bad_record == "stop" and d.max_bad_records != default["max_bad_records"].default:
         yield _no_effect(
             "data.max_bad_records", d.max_bad_records, 'data.on_bad_record = "stop"', 'on_bad_record = "skip"'

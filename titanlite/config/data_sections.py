@@ -38,12 +38,17 @@ class DataConfig:
     max_epochs: int = 0
     """Epochs over the corpus after which the run ends; 0: no limit."""
     shuffle: bool = True
-    """Read documents in a new pseudo-random order in every epoch, a pure function of training.seed."""
+    """Read documents in a new pseudo-random order in every epoch, and deal the rows of every window in one, pure
+    functions of training.seed. false: both in their natural order."""
     shuffle_block: int = 4096
     """Documents per shuffle block, in documents: blocks are permuted, then the documents in each block."""
     packing: Literal["split", "best_fit"] = "split"
     """How documents fill rows. split: one after the other, cut where a row ends; no padding. best_fit: a document that
     fits in a row is not cut; what then stays free is padded and not trained."""
+    window_tokens: int = 2**21
+    """Tokens of a window, of all sources together: its rows are dealt in a pseudo-random order, so that a step's rows
+    come from many documents. At least 64 rows, and at least a rank's rows of a step. A resume reads up to a window
+    again."""
     held_out_fraction: float = 0.0
     """Share of the documents that is kept out of training, for validation: the same ones in every run."""
     on_bad_record: Literal["stop", "skip"] = "stop"

@@ -46,6 +46,12 @@ def check_degrees(config: Config, world_size: int | None) -> Iterator[str]:
     elif parallelism.data_parallel_shard_degree != -1:
         dp_degree = parallelism.data_parallel_replicate_degree * parallelism.data_parallel_shard_degree
     yield from _check_batch(config.training.global_batch_size, config.training.local_batch_size, dp_degree)
+    rows, seq_len = config.training.global_batch_size // (dp_degree or 1), config.training.seq_len
+    if dp_degree and rows * seq_len > config.data.window_tokens:
+        yield (
+            f"data.window_tokens = {config.data.window_tokens} is less than a rank's share of a step, {rows} rows of"
+            f" training.seq_len = {seq_len}: use {rows * seq_len} or more"
+        )
 
 
 def _check_batch(rows: int, local: int, dp_degree: int) -> Iterator[str]:

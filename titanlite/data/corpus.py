@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
+
 from titanlite.config.sections import DataConfig, SourceConfig, source_configs
-from titanlite.data.best_fit import WINDOW_ROWS, BestFitPacker
 from titanlite.data.cache_writer import available_cores, write_cache
-from titanlite.data.feed import CHUNK_BYTES, ChunkFeed, SourceRows, StreamSource, Threads
+from titanlite.data.feed import CHUNK_BYTES, ReadAhead, SourceRows, StreamSource, one_by_one
 from titanlite.data.files import shown
 from titanlite.data.mixture import Deck
 from titanlite.data.order import DocumentOrder, HeldOut
-from titanlite.data.packing import Packer, RowPacker
 from titanlite.data.rows import RowStream
 from titanlite.data.source import Source, manifest_changes, open_source
 from titanlite.data.stream import DocumentEncoder, Reader, SourceCursor, StreamedReader
 from titanlite.data.token_cache import CachedReader, open_cache
+from titanlite.data.windows import BestFit, Dealing, Packing, Split
 from titanlite.log import logger
 
 _MAX_TOKENIZING_SHARE = 0.3  # of the host's cores
@@ -75,6 +76,7 @@ def open_corpus(
         "seed": seed,
         "shuffle_block": data.shuffle_block if data.shuffle else 0,
         "packing": data.packing,
+        "window_tokens": data.window_tokens,
         "held_out_fraction": data.held_out_fraction,
         "tokenizer": tokenizer.fingerprint[:32],
         "sources": {
@@ -96,7 +98,7 @@ def open_rows(
     last: int | None = None,
     cursor: Mapping[str, Any] | None = None,
     saved_corpus: Mapping[str, Any] | None = None,
-    threads: Threads | None = None,
+    read_ahead: ReadAhead = one_by_one,
 ) -> RowStream:
     """The stream of a corpus in steps of `num_rows` rows, from its start or from a cursor on.
 
@@ -106,19 +108,25 @@ def open_rows(
     if cursor is not None:
         _refuse_other_stream(cursor["stream"], corpus, saved_corpus)
     seq_len, seed = corpus.identity["seq_len"], corpus.identity["seed"]
-    num_ahead = data.num_workers + 1
-    if data.packing == "best_fit":  # the next window, or training would wait for the whole of it at once
-        num_ahead += WINDOW_ROWS * seq_len * 4 // CHUNK_BYTES
-    lanes = []
+    lanes, num_rows_of = [], window_rows(corpus, data)
     for name, source in corpus.sources.items():
-        start = SourceCursor() if cursor is None else SourceCursor.from_dict(cursor["sources"][name])
-        packer: Packer = (
-            RowPacker(seq_len, start)
-            if data.packing == "split"
-            else BestFitPacker(seq_len, start, eos_id, seed, source.order.num_documents if source.max_epochs else 0)
+        packing: Packing = Split(seq_len, num_rows_of[name])
+        if data.packing == "best_fit":
+            packing = BestFit(seq_len, num_rows_of[name], limited=source.max_epochs > 0)
+        lanes.append(
+            SourceRows(
+                source,
+                packing,
+                Dealing(seed, name, data.shuffle),
+                SourceCursor() if cursor is None else SourceCursor.from_dict(cursor["sources"][name]),
+                eos_id,
+                read_ahead,
+                # The next window, or training would wait for the whole of it at once.
+                num_ahead=data.num_workers + 1 + num_rows_of[name] * seq_len * 4 // CHUNK_BYTES,
+                skip_bad_records=data.on_bad_record == "skip",
+                max_bad_records=data.max_bad_records,
+            )
         )
-        feed = ChunkFeed(source, start.document, threads, num_ahead, data.on_bad_record == "skip")
-        lanes.append(SourceRows(source, packer, feed))
     return RowStream(
         lanes,
         corpus.deck,
@@ -129,6 +137,13 @@ def open_rows(
         identity=corpus.identity,
         max_bad_records=data.max_bad_records,
     )
+
+
+def window_rows(corpus: Corpus, data: DataConfig) -> dict[str, int]:
+    """Rows of a window of each source (in "best_fit", about as many): its share of data.window_tokens."""
+    shares = corpus.deck.counts / corpus.deck.num_rows
+    rows = shares * (data.window_tokens / corpus.identity["seq_len"])
+    return dict(zip(corpus.sources, np.maximum(1, np.rint(rows)).astype(int).tolist(), strict=True))
 
 
 def corpus_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -226,11 +241,17 @@ def _join(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_other_stream(saved: dict[str, Any], corpus: Corpus, saved_corpus: Mapping[str, Any] | None) -> None:
+    if "window_tokens" not in saved:
+        raise ValueError(
+            "cannot resume in another token stream: rows were dealt in another order before (data.window_tokens); start"
+            " anew, or take the weights by checkpoint.init_from"
+        )
     names = {
         "seq_len": "training.seq_len",
         "seed": "training.seed",
         "shuffle_block": "data.shuffle_block (0: data.shuffle is off)",
         "packing": "data.packing",
+        "window_tokens": "data.window_tokens",
         "held_out_fraction": "data.held_out_fraction",
         "tokenizer": "the tokenizer's fingerprint",
     }

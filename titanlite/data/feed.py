@@ -1,29 +1,26 @@
-"""Reading ahead: the chunks of a source, made by threads in any order and handed out in the stream's.
+"""The rows of one source: its documents, read ahead in the stream's order, window after window.
 
-Owns the threads, how the work is cut, and what ends a source: its epochs, an error, or that nothing is left of it.
+Owns how the reading is cut into portions, what the ledger says at each row, and what ends a source: its epochs, an
+error, or that nothing is left of it.
 """
 
-import queue
-import threading
+import contextlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from titanlite.data.order import DocumentOrder, HeldOut
-from titanlite.data.packing import Packer
 from titanlite.data.source import RecordError
-from titanlite.data.stream import Chunk, Ledger, Reader, located, read_chunk
+from titanlite.data.stream import Chunk, Ledger, Reader, SourceCursor, located, read_chunk
+from titanlite.data.windows import Dealing, Laid, Packing, Rows, Window
 
 CHUNK_BYTES = 256 * 1024  # text per item of work: handing an item from thread to thread costs up to 0.2 ms
 _ORDER_DOCUMENTS = 8192  # documents whose order is computed at once
-_LOOK_SECONDS = 1.0  # after which a waiting thread looks whether those that it waits for are alive
-
-T = TypeVar("T")
 
 
 class EndOfData(Exception):
@@ -31,66 +28,6 @@ class EndOfData(Exception):
 
     ledgers: dict[str, dict[str, int]]
     """The counts of each source at the end: what no step will take is dropped."""
-
-
-class Threads:
-    """Daemon threads that call functions: concurrent.futures' own would keep a process from ending when one hangs."""
-
-    def __init__(self, num_threads: int, set_up: Callable[[], None] = lambda: None) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._closed = threading.Event()
-        self._threads = [
-            threading.Thread(target=_serve, args=(self._tasks, self._closed, set_up), daemon=True)
-            for _ in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def submit(self, function: Callable[[], T]) -> "Future[T]":
-        """Call it in one of the threads, in the order of submission; cancelled once the threads are closed."""
-        future: Future[T] = Future()
-        self._tasks.put((future, function))
-        if self._closed.is_set():  # perhaps after the threads ended
-            future.cancel()
-        return future
-
-    def result(self, future: "Future[T]") -> T:
-        """What a submitted function returns or raises; RuntimeError where a thread died, which nobody would end."""
-        while True:
-            try:
-                return future.result(_LOOK_SECONDS)
-            except FutureTimeoutError:
-                if future.done():  # by now, or the function itself raised this
-                    return future.result()
-                if not self._closed.is_set() and not all(thread.is_alive() for thread in self._threads):
-                    told = "a thread that reads data died; what it died of stands in the log of this rank"
-                    raise RuntimeError(told) from None
-
-    def close(self) -> None:
-        """Cancel what has not begun; the threads end with what they are doing."""
-        self._closed.set()
-        for _ in self._threads:
-            self._tasks.put(None)
-
-    def join(self, timeout: float) -> None:
-        for thread in self._threads:
-            thread.join(timeout)
-
-
-def _serve(tasks: "queue.SimpleQueue[Any]", closed: threading.Event, set_up: Callable[[], None]) -> None:
-    set_up()
-    while (task := tasks.get()) is not None:
-        future, function = task
-        if closed.is_set():
-            future.cancel()
-        elif future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
-            except BaseException as error:  # a rank that it ended would leave the others waiting
-                future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
-        del task, future, function  # or the last result would live until the next task
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,116 +42,230 @@ class StreamSource:
     """0: without end."""
 
 
-class ChunkFeed:
-    """The chunks of one source in the stream's order, read ahead by threads."""
+class Portion(NamedTuple):
+    """Documents that are read at once."""
 
-    def __init__(
-        self, source: StreamSource, counter: int, threads: Threads | None, num_ahead: int, skip_bad_records: bool
-    ) -> None:
-        self._source, self._threads, self._num_ahead, self._skip = source, threads, num_ahead, skip_bad_records
-        self._portions = self._divide(counter)
-        self._ahead: deque[Future[Chunk]] = deque()
-        self._without_token = 0
+    counter: int
+    """Counter of the first document."""
+    documents: np.ndarray
+    """Their numbers in the source, int64 [n]."""
 
-    def start(self) -> None:
-        """Begin to read ahead."""
-        while self._threads is not None and len(self._ahead) < self._num_ahead:
-            if (portion := next(self._portions, None)) is None:
+
+ReadAhead = Callable[[Iterator[Portion], Callable[[Portion], Chunk], int], Iterator[Chunk]]
+"""How portions become chunks, in order: (portions, what reads one, number of chunks to have ready ahead)."""
+
+
+def one_by_one(portions: Iterator[Portion], read: Callable[[Portion], Chunk], num_ahead: int) -> Iterator[Chunk]:
+    """Each when it is asked for."""
+    return map(read, portions)
+
+
+def in_threads_of(pool: ThreadPoolExecutor) -> ReadAhead:
+    """For commands, which end with their threads."""
+
+    def read_ahead(portions: Iterator[Portion], read: Callable[[Portion], Chunk], num_ahead: int) -> Iterator[Chunk]:
+        ahead: deque[Future[Chunk]] = deque()
+        while True:
+            ahead.extend(pool.submit(read, portion) for portion in itertools.islice(portions, num_ahead - len(ahead)))
+            if not ahead:
                 return
-            self._ahead.append(self._threads.submit(lambda portion=portion: self._read(*portion)))  # type: ignore[misc]
+            yield ahead.popleft().result()
 
-    def next(self) -> Chunk | None:
-        """The next chunk; None at the end of the data. Raises ValueError where no document has a token."""
-        self.start()
-        if self._threads is not None:
-            chunk = self._threads.result(self._ahead.popleft()) if self._ahead else None
-        else:
-            portion = next(self._portions, None)
-            chunk = None if portion is None else self._read(*portion)
-        enough = self._source.order.num_documents  # at the end of the data: just what the last epoch was
-        if chunk is not None:
-            self._without_token = 0 if len(chunk.ids) else self._without_token + len(chunk.lengths)
-            enough *= 2  # so many in a row hold a whole epoch
-        if self._without_token >= enough:
-            raise ValueError(
-                f"data source {self._source.name!r}: no document is left to train on, all are bad records or held"
-                " out (data.held_out_fraction)"
-            )
-        return chunk
+    return read_ahead
 
-    def _divide(self, counter: int) -> Iterator[tuple[int, np.ndarray]]:
-        """The stream's documents in portions of about CHUNK_BYTES: (counter of the first, their numbers)."""
-        order = self._source.order
-        end = self._source.max_epochs * order.num_documents or np.iinfo(np.int64).max
-        while counter < end:
-            documents = order.documents(np.arange(counter, min(counter + _ORDER_DOCUMENTS, end)))
-            try:
-                sizes = self._source.reader.sizes(documents)
-            except (OSError, ValueError):
-                sizes = np.zeros(len(documents), np.int64)  # reading meets the error again and reports it
-            portion = (np.cumsum(sizes) - sizes) // CHUNK_BYTES
-            for part in np.split(documents, np.flatnonzero(np.diff(portion)) + 1):
-                yield counter, part
-                counter += len(part)
 
-    def _read(self, counter: int, documents: np.ndarray) -> Chunk:
-        source = self._source
-        try:
-            held_out = source.held_out(*source.reader.numbering.places(documents))
-            return read_chunk(source.reader, counter, documents, held_out, self._skip)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            first = source.reader.locate(int(documents[0]))
-            raise located(error, f"{first} or one of the {len(documents) - 1} documents read with it") from error
+def portions(source: StreamSource, counter: int) -> Iterator[Portion]:
+    """The stream's documents from a counter on, in portions of about CHUNK_BYTES, or where their lengths alone are
+    read, of thousands."""
+    order = source.order
+    end = source.max_epochs * order.num_documents or np.iinfo(np.int64).max
+    while counter < end:
+        documents = order.documents(np.arange(counter, min(counter + _ORDER_DOCUMENTS, end)))
+        sizes = np.zeros(len(documents), np.int64)
+        if not source.reader.on_demand:
+            with contextlib.suppress(OSError, ValueError):  # reading meets the error again and reports it
+                sizes = source.reader.sizes(documents)
+        portion = (np.cumsum(sizes) - sizes) // CHUNK_BYTES
+        for part in np.split(documents, np.flatnonzero(np.diff(portion)) + 1):
+            yield Portion(counter, part)
+            counter += len(part)
+
+
+def read_portion(source: StreamSource, portion: Portion, skip_bad_records: bool) -> Chunk:
+    """Errors of any kind travel in the chunk, so that they stop the same step whoever reads ahead."""
+    counter, documents = portion
+    try:
+        held_out = source.held_out(*source.reader.numbering.places(documents))
+        return read_chunk(source.reader, counter, documents, held_out, skip_bad_records)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        place = f"{source.reader.locate(int(documents[0]))} or one of the {len(documents) - 1} documents read with it"
+        return Chunk.failed(counter, located(error, place))
 
 
 class SourceRows:
-    """The rows of one source: its chunks, packed."""
+    """The rows of one source from a cursor on. The ledger counts all of a window as read with its first row, and what
+    waits in its later rows as carried."""
 
-    def __init__(self, source: StreamSource, packer: Packer, feed: ChunkFeed) -> None:
-        self.source, self.packer, self.start = source, packer, feed.start
-        self._feed = feed
-        self._error: Exception | None = None  # to be raised by who needs what is behind it
-
-    def ended(self) -> Ledger:
-        """The ledger when no row is taken any more. What was read ahead of a source that goes on does not count."""
-        unread = self.packer.unread() if isinstance(self._error, EndOfData) else 0
-        ledger = self.packer.cursor.ledger
-        dropped = ledger.dropped + ledger.carried + unread
-        return replace(ledger, tokens_read=ledger.tokens_read + unread, carried=0, dropped=dropped)
+    def __init__(
+        self,
+        source: StreamSource,
+        packing: Packing,
+        dealing: Dealing,
+        cursor: SourceCursor,
+        eos_id: int,
+        read_ahead: ReadAhead = one_by_one,
+        num_ahead: int = 1,
+        skip_bad_records: bool = False,
+        max_bad_records: int = 0,
+    ) -> None:
+        """max_bad_records: of this source; 0: no limit."""
+        self.source, self.cursor = source, cursor
+        self._packing, self._dealing, self._eos_id, self._max_bad = packing, dealing, eos_id, max_bad_records
+        self._chunks = (one_by_one if source.reader.on_demand else read_ahead)(
+            portions(source, cursor.document),
+            lambda portion: read_portion(source, portion, skip_bad_records),
+            num_ahead,
+        )
+        self._windows: deque[Window] = deque()  # the one at the cursor first
+        self._open: list[Chunk] = []  # the documents after them
+        self._first_row, self._offset = cursor.first_row, cursor.offset  # where the next window begins
+        self._without_token = 0  # the last so many documents that were read
+        self._error: Exception | None = None  # to be raised by who needs what is after it
 
     @property
     def epochs(self) -> float:
-        """Begun so far, as a fraction: documents passed, also those left out, in documents of the source."""
-        return self.packer.cursor.document / self.source.order.num_documents
+        """Begun so far, as a fraction: documents passed, also those left out, in documents of the source; of the window
+        that is being dealt, its dealt share."""
+        documents = float(self.cursor.document)
+        if self._windows and self.cursor.dealt:
+            window = self._windows[0]
+            documents += (window.next[0] - window.counter) * self.cursor.dealt / window.num_rows
+        return documents / self.source.order.num_documents
 
-    def fill(
-        self, num_rows: int, tell: Callable[[RecordError], None] = lambda bad: None, max_bad_records: int = 0
-    ) -> None:
-        """Read until the packer holds the next `num_rows` rows. `tell` hears of each bad record left out on the way.
+    def fill(self, num_rows: int) -> None:
+        """Read until the next `num_rows` rows are there. Raises what stops the stream before them: EndOfData, an error
+        of reading, ValueError where no document has a token or too many are bad records."""
+        while sum(window.num_rows for window in self._windows) - self.cursor.dealt < num_rows:
+            self._close_window()
 
-        Raises ValueError once more than `max_bad_records` (0: no limit) lie before what is still missing.
-        """
-        num_bad = 0
-        while self.packer.missing(num_rows):
-            if num_bad > max_bad_records > 0:  # the ledger would count them all, but only behind the last of them
-                raise too_many_bad_records(max_bad_records)
-            if self._error is not None:
-                raise self._error
-            chunk = self._feed.next()
-            if chunk is None:
-                self.packer.end()
+    def take(self, num_rows: int, first: int, last: int) -> tuple[Rows, list[RecordError]]:
+        """Move on by `num_rows` rows, which `fill` has provided. Gives those from `first` to before `last` of them (a
+        rank's share), and the first bad records of each window that was begun."""
+        parts, begun = [], []
+        while num_rows:
+            window, row = self._windows[0], self.cursor.dealt
+            here = min(num_rows, window.num_rows - row)
+            low, high = (row + min(max(edge, 0), here) for edge in (first, last))
+            parts.append(window.rows(low, high, self.source.reader, self._eos_id))
+            begun += window.bad_records if row == 0 else []
+            self._advance(window, here)
+            num_rows, first, last = num_rows - here, first - here, last - here
+        rows = Rows(
+            np.concatenate([part.tokens for part in parts]),
+            [row for part in parts for row in part.starts],
+            [row for part in parts for row in part.counters],
+            [row for part in parts for row in part.offsets],
+        )
+        return rows, begun
+
+    def ended(self) -> Ledger:
+        """The ledger when no row is taken any more. What was read ahead of a source that goes on does not count."""
+        ledger = self.cursor.ledger
+        if isinstance(self._error, EndOfData):
+            ledger = sum([window.read for window in self._windows][self.cursor.dealt > 0 :], ledger)
+            if self._open:
+                rest = Chunk.join(self._open)
+                tokens = int(rest.lengths.sum()) - self._offset - self._overlap
+                ledger += Ledger(tokens_read=tokens, carried=tokens)
+                ledger += rest.count(slice(self._overlap, None), self._packing.seq_len)
+        return replace(ledger, carried=0, dropped=ledger.dropped + ledger.carried)
+
+    def _advance(self, window: Window, num_rows: int) -> None:
+        old = self.cursor
+        ledger = old.ledger + window.dealt(old.dealt, old.dealt + num_rows)
+        if old.dealt == 0:
+            ledger += window.read
+        assert ledger.closes(), ledger
+        if old.dealt + num_rows < window.num_rows:
+            self.cursor = replace(old, row=old.row + num_rows, dealt=old.dealt + num_rows, ledger=ledger)
+        else:
+            self.cursor = SourceCursor(old.row + num_rows, *window.next, 0, ledger)
+            self._windows.popleft()
+
+    @property
+    def _overlap(self) -> int:
+        """Tokens of the open documents, and so documents, that the last window's ledger has."""
+        return self._packing.overlap if self._first_row else 0
+
+    def _close_window(self) -> None:
+        """Read until the documents of the next window are there, and lay them into rows."""
+        first_row, ended = self._first_row, False
+        while (laid := self._lay(ended)) is None:
+            if ended:
                 self._error = EndOfData(
                     f"the data ended: source {self.source.name!r} has no row left after max_epochs ="
                     f" {self.source.max_epochs}"
                 )
-            else:
-                for bad in chunk.bad_records:
-                    tell(bad)
-                num_bad += len(chunk.bad_records)
-                self.packer.append(replace(chunk, bad_records=[]))  # it is kept until a row is made of it
-                self._error = chunk.error
+                raise self._error
+            ended = not self._read()
+        documents = Chunk.join(self._open)
+        order = self._dealing.order(first_row, len(laid.layout.edges) - 1)
+        window = Window(documents, self._offset, laid, order, self._packing.seq_len, self._overlap)
+        if first_row == self.cursor.first_row and self.cursor.dealt:
+            self._check_resumed(window)
+        self._windows.append(window)
+        self._offset, self._first_row = laid.next_offset, first_row + window.num_rows
+        self._open = [documents.after(laid.next_document)]
+
+    def _lay(self, ended: bool) -> Laid | None:
+        """Lay the next window into rows, where its documents are open."""
+        if not self._open:
+            return None
+        lengths = np.concatenate([chunk.lengths for chunk in self._open])
+        if self._overlap and lengths[0] <= self._offset:
+            raise _other_documents(self.cursor, f"its first document has {lengths[0]} tokens")
+        of_epoch = self.source.order.num_documents
+        epoch = of_epoch - self._open[0].counter % of_epoch, of_epoch
+        return self._packing.lay(lengths, self._offset, self._first_row == 0, epoch, ended)
+
+    def _read(self) -> bool:
+        """Open the next documents; False where none follow. Raises what stops the stream before them."""
+        unbegun = [window.read for window in self._windows][self.cursor.dealt > 0 :]
+        num_bad = sum(unbegun, self.cursor.ledger).bad_records
+        num_bad += sum(int(np.count_nonzero(chunk.bad)) for chunk in self._open)
+        if num_bad > self._max_bad > 0:
+            raise too_many_bad_records(self._max_bad)
+        if self._error is not None:
+            raise self._error
+        chunk = next(self._chunks, None)
+        enough = self.source.order.num_documents  # at the end of the data: just what the last epoch was
+        if chunk is not None:
+            self._error = chunk.error
+            self._open.append(chunk)
+            self._without_token = 0 if chunk.lengths.any() else self._without_token + len(chunk.lengths)
+            enough *= 2  # so many in a row hold a whole epoch
+        if self._without_token >= enough:
+            raise ValueError(
+                f"data source {self.source.name!r}: no document is left to train on, all are bad records or held"
+                " out (data.held_out_fraction)"
+            )
+        return chunk is not None
+
+    def _check_resumed(self, window: Window) -> None:
+        """Raise ValueError where the cursor's window is not that from which rows were dealt."""
+        dealt, carried = self.cursor.dealt, self.cursor.ledger.carried
+        waiting = -window.dealt(min(dealt, window.num_rows), window.num_rows).carried
+        if dealt >= window.num_rows or waiting != carried:
+            raise _other_documents(self.cursor, f"its rows from {dealt} on hold {waiting} tokens and held {carried}")
+
+
+def _other_documents(cursor: SourceCursor, what: str) -> ValueError:
+    return ValueError(
+        f"cannot resume in the window from token {cursor.offset} of document {cursor.document} on: {what}: the corpus"
+        " or the tokenizer is not that of the checkpoint"
+    )
 
 
 def too_many_bad_records(limit: int) -> ValueError:

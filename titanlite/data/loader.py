@@ -1,27 +1,33 @@
-"""Batches: this rank's rows of the one global stream as tensors, made ahead of the step.
+"""Batches: this rank's rows of the one global stream as tensors, made ahead of the step by a chain of torchdata nodes.
 
-Owns prefetch, pinning and the life of a loader. Its state is the stream's cursor, which rides on each batch. Refuses to
-let any of this change what a batch holds.
+    documents -> ParallelMapper (tokenise, in order) -> Prefetcher     for each source that is tokenised on the fly
+      -> windows -> mixture -> batches -> PinMemory -> Prefetcher -> Loader
+
+Owns the chain and its end. Its state is the stream's cursor, which rides on each batch: what nodes hold ahead of it is
+made again. Refuses to let threads, nodes or restarts change what a batch holds.
+
+What the nodes do not do is done here. An error is a value until the step that needs what is after it: a node would hand
+it on as text. A node waits without end for one whose thread died of a BaseException, so none may leave our functions.
+Nodes end when nobody holds them, but their threads hold the nodes before them: what they wait for must end by itself.
 """
 
+import threading
+import traceback
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torchdata import nodes
 
 from titanlite.config.sections import DataConfig
 from titanlite.data.corpus import Corpus, open_corpus, open_rows
-from titanlite.data.feed import Threads
-from titanlite.data.packing import fingerprint_part, row_digest
+from titanlite.data.feed import EndOfData, Portion, ReadAhead, one_by_one
 from titanlite.data.rows import RowStream, total
-from titanlite.data.stream import DocumentEncoder
-
-_CLOSE_SECONDS = 5.0
+from titanlite.data.stream import Chunk, DocumentEncoder
+from titanlite.data.windows import fingerprint_part, row_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,17 +39,17 @@ class Batch:
     row_index: np.ndarray
     """Number of each row in the stream, int64."""
     row_digest: np.ndarray
-    """uint64; packing.row_digest of each row."""
+    """uint64; windows.row_digest of each row."""
     fingerprint_part: int
     """This rank's share of the step's fingerprint, which is the sum over dp ranks modulo 2^64."""
     starts: list[np.ndarray]
-    """Per row the positions in [0, seq_len) where a document begins or, at 0, goes on, as the packer knows them."""
+    """Per row the positions in [0, seq_len) where a document begins or, at 0, goes on, as the packing knows them."""
     num_documents: int
     """Pieces of documents in the rows; pads are none."""
     cursor: dict[str, Any]
-    """The state of the stream behind the whole step (all ranks' rows): what a checkpoint saves. JSON-able."""
+    """The state of the stream after the whole step (all ranks' rows): what a checkpoint saves. JSON-able."""
     ledger: dict[str, int]
-    """stream.Ledger behind the whole step, cumulative, of all sources together."""
+    """stream.Ledger after the whole step, cumulative, of all sources together."""
     source_ledgers: dict[str, dict[str, int]]
     """The same for each source."""
     epochs: dict[str, float]
@@ -53,47 +59,109 @@ class Batch:
         return replace(self, rows=self.rows.pin_memory())
 
 
-class Loader:
-    """Iterator over a dp rank's batches, one per optimiser step.
+class Closed(Exception):
+    """The loader was closed: no batch follows."""
 
-    `next` raises what stopped the stream, at the first step that needs what is behind it and ever after: EndOfData
-    where a source may be read no further, RecordError (a ValueError) for a bad record that is not skipped, SourceError
-    for a file that changed, ValueError for a corpus without a single token.
+
+class _Batches(nodes.BaseNode[Batch | Exception]):
+    """The steps of a stream as batches, or what stopped it, once, as the last item."""
+
+    def __init__(self, stream: RowStream, make: Callable[[RowStream], Batch]) -> None:
+        super().__init__()
+        self._stream: RowStream | None = stream
+        self._make = make
+
+    def next(self) -> Batch | Exception:
+        if self._stream is None:
+            raise StopIteration
+        try:
+            return self._make(self._stream)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit) and _in_main_thread():
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the nodes before this one
+            self._stream = None
+            return error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+
+class _Root(nodes.BaseNode[Batch]):
+    """The end of the chain: it raises what stopped the stream, and its state is the cursor of the last batch."""
+
+    def __init__(self, build: "Callable[[Mapping[str, Any] | None], _Chain]", cursor: Mapping[str, Any] | None) -> None:
+        """cursor: where the stream begins that is asked for without a state."""
+        super().__init__()
+        self._build, self._cursor = build, cursor
+        self._chain: _Chain | None = None
+        self.ended: EndOfData | None = None
+
+    def reset(self, initial_state: Mapping[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.close()
+        self._error: Exception | None = None
+        self.ended = None
+        self._chain = self._build(self._cursor if initial_state is None else initial_state)
+        self._state: Mapping[str, Any] = self._chain.start
+
+    def next(self) -> Batch:
+        if self._error is None and self._chain is not None:
+            item = next(self._chain.last)
+            if isinstance(item, Batch):
+                self._state = item.cursor
+                return item
+            self._error = item
+        if isinstance(self._error, EndOfData):
+            self.ended = self._error
+        if self._error is None or isinstance(self._error, EndOfData | Closed):
+            raise StopIteration
+        raise self._error
+
+    def get_state(self) -> Mapping[str, Any]:
+        return self._state
+
+    def close(self) -> None:
+        if self._chain is not None:
+            self._chain.closed.set()
+        self._chain = None  # its threads end as the nodes do
+
+
+@dataclass(frozen=True, eq=False)
+class _Chain:
+    """The nodes before the root."""
+
+    last: nodes.BaseNode[Batch | Exception]
+    closed: threading.Event
+    """Set: no document is read any more."""
+    start: dict[str, Any]
+    """The cursor before the first batch."""
+
+
+class Loader(nodes.Loader[Batch]):
+    """A dp rank's batches, one per optimiser step, as a torchdata Loader: `state_dict` is JSON-able, `load_state_dict`
+    takes that of any number of ranks. Iterating ends with the data; `ended` then says why.
+
+    Its iterator raises what stopped the stream, at the first step that needs what is after it and ever after:
+    RecordError (a ValueError) for a bad record that is not skipped, SourceError for a file that changed, ValueError for
+    a corpus without a single token. Each call of `iter` begins anew, from a loaded state or the start.
     """
 
-    def __init__(self, make: Callable[[], Batch], opened: Corpus, prefetch: int, pools: list[Threads]) -> None:
+    def __init__(self, root: _Root, opened: Corpus) -> None:
+        super().__init__(root, restart_on_stop_iteration=False)
         self.opened = opened
         self.corpus = opened.manifest
         """Manifest of the corpus: digest, counts, and the same for each source."""
-        self._make, self._prefetch = make, prefetch
-        self._maker = Threads(1, _same_device()) if prefetch else None
-        self._ahead: deque[Future[Batch]] = deque()
         # Also runs at garbage collection and at exit, before Python is torn down under threads that run Rust code.
-        self._finalizer = weakref.finalize(self, _close, [*pools, *([self._maker] if self._maker else [])])
-        self._make_ahead()
+        self._finalizer = weakref.finalize(self, root.close)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if not self._finalizer.alive:
-            raise StopIteration
-        if self._maker is None:
-            return self._make()
-        batch = self._ahead.popleft()
-        try:
-            return self._maker.result(batch)
-        except CancelledError:  # closed by another thread
-            raise StopIteration from None
-        finally:
-            self._make_ahead()
-
-    def _make_ahead(self) -> None:
-        while self._maker is not None and len(self._ahead) < self._prefetch:
-            self._ahead.append(self._maker.submit(self._make))
+    @property
+    def ended(self) -> EndOfData | None:
+        """Why no batch follows; None while one may, and after `close`."""
+        return self.root.ended
 
     def close(self) -> None:
-        """End all threads, within seconds even where one hangs in a read; `next` then raises StopIteration."""
+        """End all threads, within seconds even where one hangs in a read; the iterator then raises StopIteration."""
         self._finalizer()
 
 
@@ -104,8 +172,8 @@ def build_loader(
     seq_len: int,
     global_batch_size: int,
     seed: int,
-    dp_rank: int,
-    dp_degree: int,
+    dp_rank: int = 0,
+    dp_degree: int = 1,
     cursor: Mapping[str, Any] | None = None,
     saved_corpus: Mapping[str, Any] | None = None,
     pin_memory: bool = False,
@@ -118,7 +186,7 @@ def build_loader(
     defines the stream may not. With `saved_corpus` (the manifest of then) a refusal names the files that changed.
     tokenizing_share, stop: see `corpus.open_corpus`. Raises ValueError, in one line, for a corpus that cannot be read
     and for a cursor of another stream; WritingStopped where `stop` ended the writing of an index or a cache. Threads
-    begin to read at once.
+    begin to read with `iter`.
     """
     if global_batch_size % dp_degree:
         raise ValueError(
@@ -126,9 +194,9 @@ def build_loader(
         )
     corpus = open_corpus(data, tokenizer, seq_len=seq_len, seed=seed, tokenizing_share=tokenizing_share, stop=stop)
     first, last = (rank * global_batch_size // dp_degree for rank in (dp_rank, dp_rank + 1))
-    threads = Threads(data.num_workers) if data.num_workers else None
-    try:
-        stream = open_rows(
+
+    def stream_from(cursor: Mapping[str, Any] | None, read_ahead: ReadAhead) -> RowStream:
+        return open_rows(
             corpus,
             data,
             eos_id=tokenizer.eos_id,
@@ -137,50 +205,71 @@ def build_loader(
             last=last,
             cursor=cursor,
             saved_corpus=saved_corpus,
-            threads=threads,
+            read_ahead=read_ahead,
         )
-    except BaseException:  # the cursor of another stream: nobody else would end them
-        if threads is not None:
-            threads.close()
-        raise
-    return Loader(
-        lambda: _make_batch(stream, first, pin_memory),
-        corpus,
-        data.prefetch,
-        [threads] if threads else [],
-    )
+
+    def build(cursor: Mapping[str, Any] | None) -> _Chain:
+        closed = threading.Event()
+        stream = stream_from(cursor, _tokenise_ahead(data.num_workers, closed))
+        chain: nodes.BaseNode[Batch | Exception] = _Batches(stream, lambda stream: _make_batch(stream, first))
+        if pin_memory:  # named, or the thread would make a context on GPU 0, whichever this rank's is
+            chain = nodes.PinMemory(chain, "cuda", snapshot_frequency=0)
+        if data.prefetch:
+            chain = nodes.Prefetcher(chain, data.prefetch, snapshot_frequency=0)
+        start = stream.cursor()
+        chain.reset()
+        return _Chain(chain, closed, start)
+
+    torch.get_num_threads()  # settles this thread's number: torchdata's threads set that of all later ones to 1
+    stream_from(cursor, one_by_one)  # refuses another stream now
+    return Loader(_Root(build, cursor), corpus)
 
 
-def _make_batch(stream: RowStream, first: int, pin_memory: bool) -> Batch:
+def _tokenise_ahead(num_workers: int, closed: threading.Event) -> ReadAhead:
+    """Chunks by nodes: as many threads tokenise at once as there are workers, of all sources together."""
+    slots = threading.Semaphore(max(1, num_workers))
+
+    def read_ahead(portions: Iterator[Portion], read: Callable[[Portion], Chunk], num_ahead: int) -> Iterator[Chunk]:
+        def read_one(portion: Portion) -> Chunk:
+            with slots:
+                try:
+                    return Chunk.failed(portion.counter, Closed()) if closed.is_set() else read(portion)
+                except SystemExit as error:  # a thread would end by it without a word
+                    return Chunk.failed(portion.counter, RuntimeError(f"SystemExit: {error}"))
+
+        source = nodes.IterableWrapper(portions)
+        chunks = nodes.ParallelMapper(source, read_one, num_workers, snapshot_frequency=0)
+        if not num_workers:
+            return chunks
+        ahead = nodes.Prefetcher(chunks, num_ahead, snapshot_frequency=0)
+        ahead.reset()
+        return ahead
+
+    return read_ahead
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _make_batch(stream: RowStream, first: int) -> Batch:
     rows = stream.take()
     digests = np.array([row_digest(tokens) for tokens in rows.tokens], np.uint64)
     seq_len = rows.tokens.shape[1] - 1
     ledgers = stream.ledgers()
-    batch = Batch(
+    starts = [starts[starts < seq_len] for starts in rows.starts]
+    return Batch(
         rows=torch.from_numpy(rows.tokens.astype(np.int64)),
         row_index=rows.row_index,
         row_digest=digests,
         fingerprint_part=fingerprint_part(digests, first),
-        starts=[starts[starts < seq_len] for starts in rows.starts],
-        num_documents=sum(int(np.count_nonzero(counters >= 0)) for counters in rows.counters),
+        starts=starts,
+        num_documents=sum(
+            int(np.count_nonzero(counters[: len(inside)] >= 0))
+            for counters, inside in zip(rows.counters, starts, strict=True)
+        ),
         cursor=stream.cursor(),
         ledger=total(ledgers),
         source_ledgers={name: asdict(ledger) for name, ledger in ledgers.items()},
         epochs={source.source.name: source.epochs for source in stream.sources},
     )
-    return batch.pin_memory() if pin_memory else batch
-
-
-def _same_device() -> Callable[[], None]:
-    """For a new thread: it would pin memory through GPU 0, and make a context there, whichever GPU is this rank's."""
-    if not torch.cuda.is_available():
-        return lambda: None
-    device = torch.cuda.current_device()
-    return lambda: torch.cuda.set_device(device)
-
-
-def _close(pools: list[Threads]) -> None:
-    for pool in pools:
-        pool.close()
-    for pool in pools:
-        pool.join(_CLOSE_SECONDS)

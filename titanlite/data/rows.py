@@ -32,7 +32,7 @@ class StepRows:
     sources: np.ndarray
     """Which source dealt each row (index), int64 [n]."""
     starts: list[np.ndarray]
-    """Per row, as in packing.Rows; so are counters and offsets."""
+    """Per row, as in windows.Rows; so are counters and offsets."""
     counters: list[np.ndarray]
     offsets: list[np.ndarray]
 
@@ -57,6 +57,7 @@ class RowStream:
         self._max_bad_records = max_bad_records
         self._speaks = first == 0  # every rank meets the same; one speaks
         self._num_warned = 0
+        self._num_bad = total(self.ledgers())["bad_records"]
         self._error: Exception | None = None
 
     def take(self) -> StepRows:
@@ -75,11 +76,11 @@ class RowStream:
 
     def cursor(self) -> dict[str, Any]:
         """Where the stream stands; JSON-able. With the same identity it is all that a resume needs."""
-        sources = {s.source.name: s.packer.cursor.to_dict() for s in self.sources}
+        sources = {s.source.name: s.cursor.to_dict() for s in self.sources}
         return {"row": self._row, "sources": sources, "stream": self.identity}
 
     def ledgers(self) -> dict[str, Ledger]:
-        return {s.source.name: s.packer.cursor.ledger for s in self.sources}
+        return {s.source.name: s.cursor.ledger for s in self.sources}
 
     def _take(self) -> StepRows:
         dealers = self._deck.sources(self._row, self._num_rows)
@@ -89,14 +90,13 @@ class RowStream:
         )
         dealing = [i for i, num_rows in enumerate(wanted) if num_rows]
         for i in dealing:
-            self.sources[i].start()  # all of them, before the first is waited for
-        for i in dealing:
-            self.sources[i].fill(wanted[i], self._warn_of, self._max_bad_records)
+            self.sources[i].fill(wanted[i])
         epochs = [s.epochs for s in self.sources]
         tokens: list[np.ndarray] = [np.empty(0)] * len(mine)
         pieces: list[list[np.ndarray]] = [[np.empty(0)] * len(mine) for _ in range(3)]
         for i in dealing:
-            rows = self.sources[i].packer.take(wanted[i], before[i], before[i] + inside[i])
+            rows, bad_records = self.sources[i].take(wanted[i], before[i], before[i] + inside[i])
+            self._warn_of(bad_records)
             for k, place in enumerate(np.flatnonzero(mine == i).tolist()):
                 tokens[place] = rows.tokens[k]
                 for merged, per_row in zip(pieces, (rows.starts, rows.counters, rows.offsets), strict=True):
@@ -106,15 +106,16 @@ class RowStream:
         self._check(epochs)
         return StepRows(np.stack(tokens), index, mine, *pieces)
 
-    def _warn_of(self, bad: RecordError) -> None:
-        self._num_warned += 1
-        if self._speaks and self._num_warned <= _WARNINGS:
+    def _warn_of(self, bad_records: list[RecordError]) -> None:
+        for bad in bad_records[: _WARNINGS - self._num_warned] if self._speaks else []:
+            self._num_warned += 1
             logger.warning(f"bad record left out: {bad}")
-        elif self._speaks and str(self._num_warned).strip("0") == "1":  # 100, 1,000, ...
-            logger.warning(f"{self._num_warned:,} bad records left out by now; the last: {bad}")
 
     def _check(self, epochs_before: list[float]) -> None:
-        num_bad = sum(ledger.bad_records for ledger in self.ledgers().values())
+        num_bad = total(self.ledgers())["bad_records"]
+        if self._speaks and len(str(num_bad)) > max(2, len(str(self._num_bad))):  # 100, 1,000, ...
+            logger.warning(f"{num_bad:,} bad records left out by now")
+        self._num_bad = num_bad
         if self._max_bad_records and num_bad > self._max_bad_records:
             raise too_many_bad_records(self._max_bad_records)
         for s, before in zip(self.sources, epochs_before, strict=True):

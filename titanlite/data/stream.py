@@ -22,13 +22,13 @@ class Ledger:
     """What became of the tokens: tokens_read == targets + document_first + carried + dropped."""
 
     tokens_read: int = 0
-    """Tokens of all documents that were begun (best_fit: of all windows that were begun)."""
+    """Tokens of all windows that were begun."""
     targets: int = 0
     """Tokens that were predicted from another token of their document."""
     document_first: int = 0
     """First tokens of documents, which nothing predicts; so also the number of documents begun."""
     carried: int = 0
-    """Tokens that wait for the next row."""
+    """Tokens that wait in the rows of the window that are not dealt yet."""
     dropped: int = 0
     """Tokens that no row will hold, because the data ended (data.max_epochs)."""
     padding: int = 0
@@ -53,33 +53,41 @@ class Ledger:
 
 @dataclass(frozen=True)
 class SourceCursor:
-    """Where a source's stream stands: the next row, and the place in the documents from which it is made."""
+    """Where a source's stream stands: the next row, and the place in the documents where its window begins."""
 
     row: int = 0
     """Rows that the source has dealt."""
     document: int = 0
-    """split: counter (epochs included) of the document that holds the next row's first token. best_fit: of the first
-    document in the window."""
+    """Counter (epochs included) of the document that holds the window's first token."""
     offset: int = 0
-    """split: index of that token in the document. best_fit: rows of the window that are dealt."""
+    """Index of that token in the document."""
+    dealt: int = 0
+    """Rows of the window that are dealt."""
     ledger: Ledger = field(default_factory=Ledger)
+
+    @property
+    def first_row(self) -> int:
+        """The source's row with which the window begins."""
+        return self.row - self.dealt
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able and small: counts of 0 are left out."""
         ledger = {name: count for name, count in asdict(self.ledger).items() if count}
-        return {"row": self.row, "document": self.document, "offset": self.offset, "ledger": ledger}
+        place = {"row": self.row, "document": self.document, "offset": self.offset, "dealt": self.dealt}
+        return {**place, "ledger": ledger}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "SourceCursor":
-        return cls(state["row"], state["document"], state["offset"], Ledger(**state["ledger"]))
+        place = {key: state[key] for key in ("row", "document", "offset", "dealt")}
+        return cls(**place, ledger=Ledger(**state["ledger"]))
 
 
 @dataclass(frozen=True, eq=False)
 class Documents:
     """Documents that were asked for by number, as tokens."""
 
-    ids: np.ndarray
-    """int32 [tokens], document after document."""
+    ids: np.ndarray | None
+    """int32 [tokens], document after document; None of a reader on demand."""
     lengths: np.ndarray
     """Tokens of each document, int64 [documents]; 0 where it was not to be kept or is a bad record."""
     bytes: np.ndarray
@@ -118,8 +126,12 @@ class Reader(Protocol):
     def num_tokens(self) -> int:
         """Of all documents; an estimate where they would have to be tokenised for it."""
 
+    @property
+    def on_demand(self) -> bool:
+        """Whether `read` gives lengths alone, so that it takes no time, and `tokens` the ids of what is wanted."""
+
     def sizes(self, documents: np.ndarray) -> np.ndarray:
-        """About how many bytes each of the documents has, int64 [n], without reading them."""
+        """About how many bytes each of the documents has, int64 [n], without reading them. Not of one on demand."""
 
     def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
         """The tokens of documents (int64 [n]); what is not to be kept (bool [n]) is not even read.
@@ -127,12 +139,18 @@ class Reader(Protocol):
         Raises nothing but KeyboardInterrupt and SystemExit. What bad records mean is the caller's business.
         """
 
+    def tokens(self, documents: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Pieces of documents, one after the other, int32: of each document (int64 [n]) so many tokens from an offset
+        on. Only of a reader on demand. Raises what ends the reading."""
+
     def locate(self, document: int) -> str:
         """The document's place for people: file, and line or row."""
 
 
 class StreamedReader:
     """Reads text and tokenises it on the spot."""
+
+    on_demand = False
 
     def __init__(self, source: Source, encode_document: Callable[[str], np.ndarray]) -> None:
         assert source.numbering is not None, "a source without random access is read from the token cache"
@@ -162,6 +180,9 @@ class StreamedReader:
 
     def sizes(self, documents: np.ndarray) -> np.ndarray:
         return self._source.sizes(documents)
+
+    def tokens(self, documents: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        raise AssertionError("they came with `read`")
 
     def locate(self, document: int) -> str:
         return self._source.locate(*self.numbering.place(document))
@@ -222,12 +243,14 @@ def num_text_bytes(text: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The tokens of consecutive documents of the stream, one after the other."""
+    """Consecutive documents of the stream."""
 
     counter: int
     """Counter of the first document."""
-    ids: np.ndarray
-    """int32 [tokens]."""
+    numbers: np.ndarray
+    """The documents' numbers in the source, int64 [documents]."""
+    ids: np.ndarray | None
+    """int32 [tokens], document after document; None of a reader on demand."""
     lengths: np.ndarray
     """Tokens of each document, int64 [documents]; 0 for one that is left out."""
     bytes: np.ndarray
@@ -236,9 +259,60 @@ class Chunk:
     """Which documents are bad records that were left out, bool [documents]."""
     held_out: np.ndarray
     """Which documents are left to validation, bool [documents]."""
-    bad_records: list[RecordError]
-    error: Exception | None
-    """What ended the stream behind these documents."""
+    bad_records: list[tuple[int, RecordError]]
+    """The bad records with their place among the documents."""
+    error: Exception | None = None
+    """What ended the stream after these documents."""
+
+    @classmethod
+    def failed(cls, counter: int, error: Exception) -> "Chunk":
+        """No documents, and what ended the stream."""
+        none, no = np.empty(0, np.int64), np.empty(0, bool)
+        return cls(counter, none, none.astype(np.int32), none, none, no, no, [], error)
+
+    @classmethod
+    def join(cls, chunks: list["Chunk"]) -> "Chunk":
+        """Chunks that follow each other, at least one."""
+        if len(chunks) == 1:
+            return chunks[0]
+        before = np.cumsum([0, *(len(chunk.lengths) for chunk in chunks)]).tolist()
+        ids = [chunk.ids for chunk in chunks if chunk.ids is not None]
+        return cls(
+            chunks[0].counter,
+            np.concatenate([chunk.numbers for chunk in chunks]),
+            np.concatenate(ids) if len(ids) == len(chunks) else None,
+            np.concatenate([chunk.lengths for chunk in chunks]),
+            np.concatenate([chunk.bytes for chunk in chunks]),
+            np.concatenate([chunk.bad for chunk in chunks]),
+            np.concatenate([chunk.held_out for chunk in chunks]),
+            [(first + i, bad) for first, chunk in zip(before, chunks, strict=False) for i, bad in chunk.bad_records],
+            chunks[-1].error,
+        )
+
+    def after(self, first: int) -> "Chunk":
+        """The documents from the one at place `first` on, which hold on to nothing of those before."""
+        begin = int(self.lengths[:first].sum())
+        return Chunk(
+            self.counter + first,
+            self.numbers[first:].copy(),
+            None if self.ids is None else self.ids[begin:].copy(),
+            self.lengths[first:].copy(),
+            self.bytes[first:].copy(),
+            self.bad[first:].copy(),
+            self.held_out[first:].copy(),
+            [(place - first, bad) for place, bad in self.bad_records if place >= first],
+            self.error,
+        )
+
+    def count(self, documents: slice, seq_len: int) -> Ledger:
+        """What the ledger says of some of the documents, but for their tokens."""
+        lengths = self.lengths[documents]
+        return Ledger(
+            bytes=int(self.bytes[documents].sum()),
+            bad_records=int(np.count_nonzero(self.bad[documents])),
+            held_out=int(np.count_nonzero(self.held_out[documents])),
+            fitting=int(np.count_nonzero((lengths > 0) & (lengths <= seq_len + 1))),
+        )
 
 
 def read_chunk(
@@ -246,16 +320,17 @@ def read_chunk(
 ) -> Chunk:
     """Read and tokenise documents (numbers in the source, int64 [n]) whose counters begin at `counter`.
 
-    An error travels in the chunk, to be raised by who needs the documents behind it: a bad record too, unless it is
+    An error travels in the chunk, to be raised by who needs the documents after it: a bad record too, unless it is
     to be skipped.
     """
     read = reader.read(documents, ~held_out)
-    num, error, bad_records = len(read.lengths), read.error, [bad for _, bad in read.bad]
+    num, error, bad_records = len(read.lengths), read.error, read.bad
     if read.bad and not skip_bad_records:
         num, first = read.bad[0]
         error = RecordError(first.place, f'{first.reason}; data.on_bad_record = "skip" would leave it out and count it')
         bad_records = []
     bad = np.zeros(num, bool)
     bad[[i for i, _ in read.bad if i < num]] = True
-    ids = read.ids[: int(read.lengths[:num].sum())]
-    return Chunk(counter, ids, read.lengths[:num], read.bytes[:num], bad, held_out[:num], bad_records, error)
+    lengths = read.lengths[:num]
+    ids = None if read.ids is None else read.ids[: int(lengths.sum())]
+    return Chunk(counter, documents[:num], ids, lengths, read.bytes[:num], bad, held_out[:num], bad_records, error)

@@ -15,6 +15,7 @@ from titanlite.data.index import cache_folder
 from titanlite.data.shards import Portion, Shard, plan_shards
 from titanlite.data.source import Numbering, RecordError, Source, SourceError
 from titanlite.data.stream import Documents
+from titanlite.data.windows import ranges
 
 _OPENING_THREADS = 8  # checksums and the latency of network storage
 _MAPPED_SHARDS = 1024  # at once; the kernel allows a process 65,530 mappings
@@ -55,6 +56,8 @@ def _facts(folder: str, portion: Portion) -> _Facts | None:
 class CachedReader:
     """Documents of a source by number, from its shards. Threads may share it."""
 
+    on_demand = True
+
     def __init__(self, source: Source, folder: str, portions: list[Portion], facts: list[_Facts]) -> None:
         self._source, self._folder, self._portions = source, folder, portions
         self._first = np.cumsum([0, *(fact.num_documents for fact in facts)], dtype=np.int64)
@@ -81,36 +84,48 @@ class CachedReader:
         return self._measures(documents)[:, 0]
 
     def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
-        """As stream.Reader says. What ends the reading is a shard that is damaged or has vanished: SourceError."""
-        kept = np.flatnonzero(keep)
-        which = self._which(documents[kept])
-        starts, lengths, sizes = np.zeros((3, len(kept)), np.int64)
-        shards: dict[int, Shard] = {}
-        end, error = len(kept), None
+        """Lengths alone, as stream.Reader says. A shard that has vanished ends the reading: SourceError."""
+        which, measures, bad = self._which(documents), np.zeros((len(documents), 2), np.int64), []
+        end, error = len(documents), None
+        for s in np.unique(which[keep]).tolist():
+            mine = np.flatnonzero(keep & (which == s))
+            try:
+                shard = self._shard(s)
+            except (OSError, ValueError) as failure:
+                if mine[0] < end:
+                    end = int(mine[0])
+                    error = SourceError(f"{self.locate(int(documents[end]))}: {failure}")
+                continue
+            places = documents[mine] - self._first[s]
+            measures[mine] = shard.table[places + 1] - shard.table[places]
+            for i in mine[measures[mine, 0] == 0].tolist():
+                document = int(documents[i])
+                bad.append((i, RecordError(self.locate(document), shard.bad[document - int(self._first[s])])))
+        bad = sorted((record for record in bad if record[0] < end), key=lambda record: record[0])
+        return Documents(None, measures[:end, 0], measures[:end, 1], bad, error)
+
+    def tokens(self, documents: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """As stream.Reader says. Raises SourceError, with the first of the documents that a shard which is damaged or
+        has vanished held."""
+        which = self._which(documents)
+        starts = np.zeros(len(documents), np.int64)
+        shards: dict[int, np.ndarray] = {}
+        end, problem = len(documents), ""
         for s in np.unique(which).tolist():
             mine = np.flatnonzero(which == s)
             try:
-                shards[s] = self._shard(s)
-                here, behind = _rows(shards[s], documents[kept[mine]] - self._first[s])
-                starts[mine] = here[:, 0]
-                lengths[mine], sizes[mine] = (behind - here).T
-                broken = mine[shards[s].damaged(here[:, 0], behind[:, 0])]
-                problem: Exception = _damaged(shards[s].path)
+                shard = self._shard(s)
+                shards[s] = shard.tokens
+                starts[mine] = shard.table[documents[mine] - self._first[s], 0] + offsets[mine]
+                broken = mine[shard.damaged(starts[mine], starts[mine] + sizes[mine])]
+                found = f"{_damaged(shard.path)}"
             except (OSError, ValueError) as failure:
-                broken, problem = mine, failure
+                broken, found = mine, f"{failure}"
             if len(broken) and broken[0] < end:
-                end, error = int(broken[0]), problem
-        bad = []
-        for i in np.flatnonzero(lengths[:end] == 0).tolist():
-            document, s = int(documents[kept[i]]), int(which[i])
-            reason = shards[s].bad[document - int(self._first[s])]
-            bad.append((int(kept[i]), RecordError(self.locate(document), reason)))
-        ids = _gather({s: shard.tokens for s, shard in shards.items()}, which[:end], starts[:end], lengths[:end])
-        if error is not None:
-            error = SourceError(f"{self.locate(int(documents[kept[end]]))}: {error}")
-        all_lengths, all_sizes = np.zeros((2, len(documents) if error is None else int(kept[end])), np.int64)
-        all_lengths[kept[:end]], all_sizes[kept[:end]] = lengths[:end], sizes[:end]
-        return Documents(ids, all_lengths, all_sizes, bad, error)
+                end, problem = int(broken[0]), found
+        if problem:
+            raise SourceError(f"{self.locate(int(documents[end]))}: {problem}")
+        return _gather(shards, which, starts, sizes)
 
     def _which(self, documents: np.ndarray) -> np.ndarray:
         """The shard of each document, int64 [n]."""
@@ -122,8 +137,8 @@ class CachedReader:
         which = self._which(documents)
         for s in np.unique(which).tolist():
             mine = which == s
-            here, behind = _rows(self._shard(s), documents[mine] - self._first[s])
-            measures[mine] = behind - here
+            table, places = self._shard(s).table, documents[mine] - self._first[s]
+            measures[mine] = table[places + 1] - table[places]
         return measures
 
     def _shard(self, s: int) -> Shard:
@@ -143,11 +158,6 @@ class CachedReader:
         return shard
 
 
-def _rows(shard: Shard, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the table: tokens and text bytes before each document of the shard, and behind it."""
-    return shard.table[documents], shard.table[documents + 1]
-
-
 def _gather(tokens: dict[int, np.ndarray], which: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """tokens[which[i]][starts[i] : starts[i] + lengths[i]] for all i, one after the other, int32."""
     total = int(lengths.sum())
@@ -157,19 +167,13 @@ def _gather(tokens: dict[int, np.ndarray], which: np.ndarray, starts: np.ndarray
         spans = zip(which.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
         return np.concatenate([tokens[s][start:end] for s, start, end in spans]).astype(np.int32, copy=False)
     if len(tokens) == 1:
-        return tokens.popitem()[1].take(_ranges(starts, lengths)).astype(np.int32, copy=False)
+        return tokens.popitem()[1].take(ranges(starts, lengths)).astype(np.int32, copy=False)
     ids = np.empty(total, np.int32)
     places = np.cumsum(lengths) - lengths
     for s in tokens:
         mine = which == s
-        ids[_ranges(places[mine], lengths[mine])] = tokens[s][_ranges(starts[mine], lengths[mine])]
+        ids[ranges(places[mine], lengths[mine])] = tokens[s][ranges(starts[mine], lengths[mine])]
     return ids
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """starts[i], ..., starts[i] + lengths[i] - 1 for all i, one after the other."""
-    places = np.cumsum(lengths) - lengths
-    return np.repeat(starts - places, lengths) + np.arange(lengths.sum())
 
 
 def _damaged(path: str) -> SourceError:

@@ -8,6 +8,7 @@ read in training's stream, to take a document that is trained on, and to leave o
 
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -15,17 +16,24 @@ import numpy as np
 from tqdm import tqdm
 
 from titanlite.config.sections import DataConfig, SourceConfig, ValidationConfig
-from titanlite.data.best_fit import BestFitPacker
 from titanlite.data.corpus import Corpus, open_reader
-from titanlite.data.feed import ChunkFeed, EndOfData, SourceRows, StreamSource, Threads, too_many_bad_records
+from titanlite.data.feed import (
+    EndOfData,
+    SourceRows,
+    StreamSource,
+    in_threads_of,
+    too_many_bad_records,
+)
 from titanlite.data.files import SourceFile, shown
 from titanlite.data.order import DocumentOrder, HeldOut
-from titanlite.data.source import RecordError, open_source
+from titanlite.data.source import open_source
 from titanlite.data.stream import Ledger, SourceCursor
+from titanlite.data.windows import BestFit, Dealing, Rows
 from titanlite.log import logger
 from titanlite.tokenizer import Tokenizer
 
 _SLICE = 1 << 16  # documents whose order is computed at once
+_WINDOW_ROWS = 256  # packed at once: padding is about 0.25 / this and what best fit leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,16 +120,24 @@ def build_validation_set(
     rows: list[np.ndarray] = []
     firsts: list[int] = []
     digest, ledger, num_rows = blake2b(digest_size=8), Ledger(), 0
-    threads = Threads(data.num_workers) if data.num_workers else None
     num_documents = sum(source.order.num_documents for source in sources.values())
-    bar = tqdm(total=num_documents, desc="validation set", unit="documents", delay=1, leave=False, disable=None)
-    try:
+    with (
+        tqdm(total=num_documents, desc="validation set", unit="documents", delay=1, leave=False, disable=None) as bar,
+        ThreadPoolExecutor(max(1, data.num_workers)) as pool,
+    ):
         for source in sources.values():
-            packer = BestFitPacker(seq_len, SourceCursor(), tokenizer.eos_id, 0, source.order.num_documents)
-            feed = ChunkFeed(source, 0, threads, data.num_workers + 1, data.on_bad_record == "skip")
-            lane = SourceRows(source, packer, feed)
-            while _fill(lane, data.max_bad_records, dp_rank == 0):
-                row = packer.take(1, 0, 1)
+            lane = SourceRows(
+                source,
+                BestFit(seq_len, _WINDOW_ROWS, limited=True),
+                Dealing(0, source.name, shuffle=False),
+                SourceCursor(),
+                tokenizer.eos_id,
+                in_threads_of(pool),
+                num_ahead=data.num_workers + 1,
+                skip_bad_records=data.on_bad_record == "skip",
+                max_bad_records=data.max_bad_records,
+            )
+            while (row := _next_row(lane, dp_rank == 0)) is not None:
                 begins = row.starts[0][(row.counters[0] >= 0) & (row.offsets[0] == 0)]
                 firsts += row.tokens[0][begins].tolist()
                 bar.update(len(begins))
@@ -129,12 +145,7 @@ def build_validation_set(
                 if num_rows // batch_size % dp_degree == dp_rank:
                     rows.append(row.tokens[0])
                 num_rows += 1
-            ledger += packer.cursor.ledger
-    finally:
-        bar.close()
-        if threads is not None:
-            threads.close()
-            threads.join(5.0)
+            ledger += lane.ended()
     if data.max_bad_records and ledger.bad_records > data.max_bad_records:
         raise too_many_bad_records(data.max_bad_records)
     num_bytes = ledger.bytes - _bytes_of_firsts(np.array(firsts, np.int64), tokenizer)
@@ -178,18 +189,16 @@ def _choose(source: StreamSource, held_out: bool, limit: int) -> np.ndarray:
     return np.concatenate(chosen)[: limit or None]
 
 
-def _fill(lane: SourceRows, max_bad_records: int, speaks: bool) -> bool:
-    """Read up to the next row; False where there is none."""
-
-    def tell(bad: RecordError) -> None:
-        if speaks:
-            logger.warning(f"bad record left out of the validation: {bad}")
-
+def _next_row(lane: SourceRows, speaks: bool) -> Rows | None:
+    """None where there is none."""
     try:
-        lane.fill(1, tell, max_bad_records)
+        lane.fill(1)
     except EndOfData:
-        return False
-    return True
+        return None
+    row, bad_records = lane.take(1, 0, 1)
+    for bad in bad_records if speaks else []:
+        logger.warning(f"bad record left out of the validation: {bad}")
+    return row
 
 
 def _bytes_of_firsts(firsts: np.ndarray, tokenizer: Tokenizer) -> int:

@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from tqdm import tqdm
 
 from titanlite.config import Config
 from titanlite.data.cache_writer import available_cores
-from titanlite.data.corpus import Corpus, open_corpus, open_rows
-from titanlite.data.feed import EndOfData, Threads
+from titanlite.data.corpus import Corpus, open_corpus, open_rows, window_rows
+from titanlite.data.feed import EndOfData, in_threads_of
 from titanlite.data.rows import total
 from titanlite.data.stream import Ledger, SourceCursor
 from titanlite.data.token_cache import CachedReader
+from titanlite.data.windows import Dealing
 from titanlite.inspection.census import Census, take_census
 from titanlite.inspection.proof import ProvenStep, Prover
 from titanlite.inspection.sampling import Walk, choose_steps, deal_all, lanes_of, measured, row_of
@@ -32,6 +34,7 @@ from titanlite.inspection.transcript import aligned, statistics_text
 from titanlite.tokenizer import Tokenizer
 
 _NAMED = 20  # bad records
+_AHEAD = 4  # portions of documents per thread
 
 
 def audit(config: Config, num_steps: int) -> None:
@@ -44,7 +47,7 @@ def audit(config: Config, num_steps: int) -> None:
     tokenizer = Tokenizer.load(config.tokenizer.path)
     corpus = open_corpus(data, tokenizer, seq_len=config.training.seq_len, seed=config.training.seed)
     num_threads = available_cores()
-    threads = Threads(num_threads)
+    threads = ThreadPoolExecutor(num_threads)
     try:
         censuses = _read(corpus, threads, num_threads)
         _check_bad_records(corpus, censuses, data.on_bad_record == "stop")
@@ -56,7 +59,7 @@ def audit(config: Config, num_steps: int) -> None:
             name: censuses[name].trained.sum() / config.training.seq_len if data.packing == "split" else epochs[name]
             for name in corpus.sources
         }
-        steps = choose_steps(by_length, data, rows_per_epoch, num_rows, last, num_steps)
+        steps = choose_steps(by_length, rows_per_epoch, num_rows, last, num_steps)
         walk = Walk(by_length, data, tokenizer.eos_id)
         prover = Prover(corpus, data, tokenizer, censuses, num_rows, threads)
         run = _Run(Path(config.job.dump_folder), steps)
@@ -71,11 +74,10 @@ def audit(config: Config, num_steps: int) -> None:
     except EndOfData as end:
         raise Difference(f"{end}, which the lengths of its documents do not say") from end
     finally:
-        threads.close()
-        threads.join(5)
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _read(corpus: Corpus, threads: Threads, num_threads: int) -> dict[str, Census]:
+def _read(corpus: Corpus, threads: ThreadPoolExecutor, num_threads: int) -> dict[str, Census]:
     """Every document once; prints what was read."""
     start = time.monotonic()
     censuses: dict[str, Census] = {}
@@ -89,7 +91,7 @@ def _read(corpus: Corpus, threads: Threads, num_threads: int) -> dict[str, Censu
     ) as bar:
         for name, source in corpus.sources.items():
             bar.set_postfix_str(f"source {name}")
-            censuses[name] = take_census(source, threads, num_threads, bar.update)
+            censuses[name] = take_census(source, in_threads_of(threads), _AHEAD * num_threads, bar.update)
     seconds = time.monotonic() - start
     titles = ("source", "read from", "files", "documents", "bytes", "tokens", "held out", "their tokens", "bad records")
     counts: list[list[int]] = []
@@ -139,9 +141,15 @@ def _one_epoch(corpus: Corpus, config: Config, censuses: Mapping[str, Census], e
     for lane in lanes_of(replace(corpus, sources=once), config.data, eos_id):
         name, census = lane.source.name, censuses[lane.source.name]
         place, ledgers[name] = deal_all(lane)
-        account = account_of(lane.source, census, config.data.packing, config.training.seq_len, config.training.seed)
+        dealing = Dealing(config.training.seed, name, config.data.shuffle)
+        rows_of = window_rows(corpus, config.data)[name]
+        account = account_of(lane.source, census, config.data.packing, dealing, config.training.seq_len, rows_of)
         check_cursor(f"source {name}, one epoch", place, account.cursor(place))
-        check_cursor(f"source {name}, one epoch", replace(place, ledger=ledgers[name]), _all_read(place, census))
+        check_cursor(
+            f"source {name}, one epoch",
+            replace(place, ledger=ledgers[name]),
+            _all_read(place, census, config.training.seq_len),
+        )
         rows[name] = place.row
     print("\none epoch of each source:")
     print(_ledger_text(ledgers, rows, "left"))
@@ -150,11 +158,20 @@ def _one_epoch(corpus: Corpus, config: Config, censuses: Mapping[str, Census], e
     return rows
 
 
-def _all_read(place: SourceCursor, census: Census) -> SourceCursor:
+def _all_read(place: SourceCursor, census: Census, seq_len: int) -> SourceCursor:
     """The cursor at the end of an epoch, with every token of the documents in its ledger."""
     num_tokens, ledger = int(census.trained.sum()), place.ledger
-    dropped = num_tokens - ledger.targets - ledger.document_first
-    return replace(place, ledger=replace(ledger, tokens_read=num_tokens, carried=0, dropped=dropped))
+    read = replace(
+        ledger,
+        tokens_read=num_tokens,
+        carried=0,
+        dropped=num_tokens - ledger.targets - ledger.document_first,
+        bytes=int(census.bytes[~census.held_out].sum()),
+        bad_records=int(np.count_nonzero(census.lengths[~census.held_out] == 0)),
+        held_out=int(np.count_nonzero(census.held_out)),
+        fitting=int(np.count_nonzero((census.trained > 0) & (census.trained <= seq_len + 1))),
+    )
+    return replace(place, ledger=read)
 
 
 def _equal(what: str, one: int, of_one: str, other: int, of_other: str) -> None:
@@ -230,10 +247,10 @@ def _close(corpus: Corpus, config: Config, eos_id: int, steps: Sequence[ProvenSt
         "the ledger of an epoch closes, over the lengths of all documents",
         f"{sum(step.num_rows for step in steps):,} rows hold the tokens of their documents, piece by piece: {compared}",
         "both halves of each step, as two ranks get them, and its fingerprint, by hashlib",
-        "cursor and ledger before and behind each step are what the lengths of all documents before it add up to",
+        "cursor and ledger before and after each step are what the lengths of all documents before it add up to",
     ]
     if seeks:
-        facts.append("the jump to each step by the lengths in the token cache ends at the same place")
+        facts.append("the search for each step by the lengths in the token cache ends at the same place")
     if run.num_compared:
         facts.append(f"{run.folder} logged the same fingerprints and cursors for {run.num_compared} of these steps")
     print("", *(f"right  {fact}" for fact in facts), sep="\n")

@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from titanlite.data.feed import ChunkFeed, StreamSource, Threads
+from titanlite.data.feed import ReadAhead, StreamSource, portions, read_portion
 from titanlite.data.order import DocumentOrder, HeldOut
 from titanlite.data.source import Numbering, RecordError
 from titanlite.data.stream import Documents, Reader
 
 NAMED_RECORDS = 20  # bad records whose place and reason are kept
-_AHEAD = 4  # portions per thread
-_LIGHTER = 64  # than text are lengths alone, by about this factor
 _SLICE = 1 << 18  # documents whose split is computed at once
 
 
@@ -41,7 +39,10 @@ class Census:
 
 
 def take_census(
-    source: StreamSource, threads: Threads, num_threads: int, progress: Callable[[int], None] = lambda num_bytes: None
+    source: StreamSource,
+    read_ahead: ReadAhead,
+    num_ahead: int,
+    progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> Census:
     """Read every document of a source, in the order of their numbers. `progress` hears of bytes of text read.
 
@@ -50,14 +51,13 @@ def take_census(
     num_documents = source.order.num_documents
     in_order = DocumentOrder(num_documents, 0, 0)
     everything = replace(source, order=in_order, held_out=HeldOut(source.name, [], 0.0), max_epochs=1)
-    feed = ChunkFeed(everything, 0, threads, _AHEAD * num_threads, True)
     lengths, sizes = np.zeros((2, num_documents), np.int64)
     bad: list[RecordError] = []
     num_read = 0
-    while (chunk := feed.next()) is not None:
+    for chunk in read_ahead(portions(everything, 0), lambda p: read_portion(everything, p, True), num_ahead):
         here = slice(num_read, num_read + len(chunk.lengths))
         lengths[here], sizes[here] = chunk.lengths, chunk.bytes
-        bad += chunk.bad_records[: NAMED_RECORDS - len(bad)]
+        bad += [record for _, record in chunk.bad_records[: NAMED_RECORDS - len(bad)]]
         if chunk.error is not None:
             raise chunk.error
         num_read = here.stop
@@ -71,7 +71,9 @@ def take_census(
 
 
 class MeasuredReader:
-    """A source as its census found it: documents of those lengths, whose ids are all 0 and take no memory."""
+    """A source as its census found it: documents of those lengths, without tokens."""
+
+    on_demand = True
 
     def __init__(self, reader: Reader, census: Census) -> None:
         self.numbering: Numbering = reader.numbering
@@ -80,8 +82,7 @@ class MeasuredReader:
         self._census = census
 
     def sizes(self, documents: np.ndarray) -> np.ndarray:
-        """Less than they are, so that portions are larger: lengths take little time."""
-        return self._census.bytes[documents] // _LIGHTER
+        return self._census.bytes[documents]
 
     def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
         lengths = np.where(keep, self._census.lengths[documents], 0)
@@ -90,4 +91,7 @@ class MeasuredReader:
             (i, RecordError(self.locate(int(documents[i])), "a bad record"))
             for i in np.flatnonzero(keep & (lengths == 0)).tolist()
         ]
-        return Documents(np.broadcast_to(np.int32(0), int(lengths.sum())), lengths, sizes, bad, None)
+        return Documents(None, lengths, sizes, bad)
+
+    def tokens(self, documents: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        return np.zeros(int(sizes.sum()), np.int32)

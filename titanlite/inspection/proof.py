@@ -8,25 +8,26 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from titanlite.config.sections import DataConfig
-from titanlite.data.corpus import Corpus, open_rows
-from titanlite.data.feed import Threads
-from titanlite.data.packing import fingerprint_part, row_digest
+from titanlite.data.corpus import Corpus, open_rows, window_rows
+from titanlite.data.feed import in_threads_of
 from titanlite.data.rows import StepRows
 from titanlite.data.stream import DocumentEncoder, SourceCursor, encode_or_raise
 from titanlite.data.token_cache import CachedReader, open_cache
+from titanlite.data.windows import Dealing, fingerprint_part, row_digest
 from titanlite.inspection.census import Census
 from titanlite.inspection.seek import seek
 from titanlite.inspection.tally import Difference, Piece, account_of, check_cursor, first_unequal, pieces_of
 
 _SEQUENTIAL_BYTES = 1 << 28  # of files without random access that are read again as text
 _MASK = (1 << 64) - 1
-_PLACE = ("row", "document", "offset")
+_PLACE = ("row", "document", "offset", "dealt")
 
 
 class _Texts:
@@ -39,7 +40,7 @@ class _Texts:
         self._cached = cached or open_cache(self._text, tokenizer.fingerprint, cache_dir)
         self._room = _SEQUENTIAL_BYTES
 
-    def tokens(self, documents: list[int], threads: Threads, ways: Counter[str]) -> dict[int, np.ndarray]:
+    def tokens(self, documents: list[int], threads: ThreadPoolExecutor, ways: Counter[str]) -> dict[int, np.ndarray]:
         """By document; `ways` counts where they are from. Raises Difference where text and cache differ."""
         found = self._from_text(documents, threads)
         if self._cached is None:
@@ -47,10 +48,10 @@ class _Texts:
             return found
         ways["text and cache"] += len(found)
         ways["cache alone"] += len(documents) - len(found)
-        read = self._cached.read(np.array(documents, np.int64), np.ones(len(documents), bool))
-        if read.error is not None:
-            raise read.error
-        for document, ids in zip(documents, np.split(read.ids, np.cumsum(read.lengths)[:-1]), strict=True):
+        wanted = np.array(documents, np.int64)
+        lengths = self._cached.lengths(wanted)
+        whole = self._cached.tokens(wanted, np.zeros_like(wanted), lengths)
+        for document, ids in zip(documents, np.split(whole, np.cumsum(lengths)[:-1]), strict=True):
             text_ids = found.setdefault(document, ids)
             if _mismatch(text_ids, ids) is not None:
                 raise Difference(
@@ -59,7 +60,7 @@ class _Texts:
                 )
         return found
 
-    def _from_text(self, documents: list[int], threads: Threads) -> dict[int, np.ndarray]:
+    def _from_text(self, documents: list[int], threads: ThreadPoolExecutor) -> dict[int, np.ndarray]:
         if self._text.random_access:
             futures = {d: threads.submit(lambda d=d: self._encode(d, self._text.read(d))) for d in documents}  # type: ignore[misc]
             return {document: future.result() for document, future in futures.items()}
@@ -105,20 +106,20 @@ class Prover:
         tokenizer: DocumentEncoder,
         censuses: Mapping[str, Census],
         num_rows: int,
-        threads: Threads,
+        threads: ThreadPoolExecutor,
     ) -> None:
         self._corpus, self._data, self._eos_id = corpus, data, tokenizer.eos_id
         self._num_rows, self._threads = num_rows, threads
         self._seq_len: int = corpus.identity["seq_len"]
-        seed = corpus.identity["seed"]
+        rows = window_rows(corpus, data)
+        dealings = {name: Dealing(corpus.identity["seed"], name, data.shuffle) for name in corpus.sources}
         self._accounts = {
-            name: account_of(source, censuses[name], data.packing, self._seq_len, seed)
+            name: account_of(source, censuses[name], data.packing, dealings[name], self._seq_len, rows[name])
             for name, source in corpus.sources.items()
         }
         self._texts = {name: _Texts(corpus, name, tokenizer, data.cache_dir) for name in corpus.sources}
-        # A jump by the lengths in the cache takes a moment; without it, a search reads all the steps before.
-        cached = all(isinstance(source.reader, CachedReader) for source in corpus.sources.values())
-        self.seeks = cached and data.packing == "split"
+        # By the lengths in the cache a search takes a moment; without it, it reads all the steps before.
+        self.seeks = all(isinstance(source.reader, CachedReader) for source in corpus.sources.values())
 
     def prove(self, number: int, before: dict[str, Any]) -> ProvenStep:
         """Compare a step. before: the stream's cursor before it, with its ledger from the first row on.
@@ -136,7 +137,7 @@ class Prover:
             check_cursor(f"step {number}, source {name}, the cursor before it", place, account.cursor(place))
             pieces[name], behind = account.rows(place, int(np.count_nonzero(dealers == i)))
             found = SourceCursor.from_dict(after["sources"][name])
-            check_cursor(f"step {number}, source {name}, the cursor behind it", found, behind)
+            check_cursor(f"step {number}, source {name}, the cursor after it", found, behind)
         ways: Counter[str] = Counter()
         rows, spans = self._compose(dealers, pieces, ways)
         k = num_pieces = 0
@@ -150,7 +151,7 @@ class Prover:
         return ProvenStep(number, fingerprint, self._num_rows, num_pieces, ways, spans, after)
 
     def _read(self, number: int, before: dict[str, Any]) -> tuple[list[StepRows], str, dict[str, Any]]:
-        """The step as two ranks get it (one, of a single row), its fingerprint, and the cursor behind it."""
+        """The step as two ranks get it (one, of a single row), its fingerprint, and the cursor after it."""
         middle = self._num_rows // 2
         parts, total, cursors = [], 0, []
         for first, last in ((0, middle), (middle, self._num_rows)):
@@ -164,7 +165,7 @@ class Prover:
                 first=first,
                 last=last,
                 cursor=before,
-                threads=self._threads,
+                read_ahead=in_threads_of(self._threads),
             )
             parts.append(stream.take())
             total += fingerprint_part(np.array([row_digest(row) for row in parts[-1].tokens], np.uint64), first)
@@ -221,23 +222,21 @@ class Prover:
                 f"{where}, source {name}, document {document} ({source.reader.locate(document)}), its token"
                 f" {offset + place - position}: {_first_difference(part.tokens[j], 'in the row', ids, 'by itself')}"
             )
-        # In "split" a document that begins with the last token, which is only a target, is no piece of this row.
-        listed = [piece for piece in pieces if piece[0] < self._seq_len or self._data.packing != "split"]
         stream = pieces_of(part.starts[j], part.counters[j], part.offsets[j])
-        if unequal := first_unequal(stream, listed):
+        if unequal := first_unequal(stream, pieces):
             raise Difference(
                 f"{where}, source {name}: (position, document, offset) of a piece is {unequal[0]} in the stream and"
                 f" {unequal[1]} by the lengths of the documents"
             )
-        return sum(counter >= 0 for _, counter, _ in listed)
+        return sum(counter >= 0 for _, counter, _ in pieces)
 
     def _check_seek(self, number: int, found: dict[str, Any], before: dict[str, Any]) -> None:
         for name, cursor in found["sources"].items():
             one, other = ([state[key] for key in _PLACE] for state in (cursor, before["sources"][name]))
             if one != other:
                 raise Difference(
-                    f"step {number}, source {name}: (row, document, offset) before it is {one} by the jump to it and"
-                    f" {other} by the lengths of the documents"
+                    f"step {number}, source {name}: (row, document, offset, dealt) before it is {one} by the search for"
+                    f" it and {other} by the lengths of the documents"
                 )
 
 

@@ -40,10 +40,10 @@ def deal_all(lane: SourceRows) -> tuple[SourceCursor, Ledger]:
         try:
             while True:
                 lane.fill(stride)
-                lane.packer.take(stride, 0, 0)
+                lane.take(stride, 0, 0)
         except EndOfData:
             continue
-    return lane.packer.cursor, lane.ended()
+    return lane.cursor, lane.ended()
 
 
 class Walk:
@@ -57,27 +57,26 @@ class Walk:
     def to(self, row: int) -> dict[str, Any]:
         """The stream's cursor at a row, not before the last one."""
         for lane, num_rows in zip(self._lanes, self._corpus.deck.dealt(row).tolist(), strict=True):
-            while left := num_rows - lane.packer.cursor.row:
+            while left := num_rows - lane.cursor.row:
                 part = min(left, _STRIDE_ROWS)
                 lane.fill(part)
-                lane.packer.take(part, 0, 0)
-        sources = {lane.source.name: lane.packer.cursor.to_dict() for lane in self._lanes}
+                lane.take(part, 0, 0)
+        sources = {lane.source.name: lane.cursor.to_dict() for lane in self._lanes}
         return {"row": row, "sources": sources, "stream": self._corpus.identity}
 
 
 def choose_steps(
-    corpus: Corpus, data: DataConfig, rows_per_epoch: Mapping[str, float], num_rows: int, last: int, number: int
+    corpus: Corpus, rows_per_epoch: Mapping[str, float], num_rows: int, last: int, number: int
 ) -> list[int]:
-    """The first step and the last, one in each epoch that begins on the way (some, evenly, of too many), and random
-    ones, the same each time, until there are `number`. In "split" an epoch's step is that in which it begins."""
+    """The first step and the last, one in the middle of each epoch on the way (some, evenly, of too many), and random
+    ones, the same each time, until there are `number`."""
     steps = {1, last}
     for i, rows in enumerate(rows_per_epoch.values()):
-        inside = 0.0 if data.packing == "split" else 0.5  # a window knows of no epochs
         dealt = int(corpus.deck.dealt(last * num_rows)[i])
-        num_epochs = max(0, int((dealt - 1) / rows - inside))
+        num_epochs = max(0, int((dealt - 1) / rows - 0.5))
         room = max(1, (number - 2) // len(rows_per_epoch))
         for epoch in np.unique(np.linspace(1, num_epochs, min(num_epochs, room)).astype(np.int64)).tolist():
-            nth = int((epoch + inside) * rows)
+            nth = int((epoch + 0.5) * rows)
             steps.add(row_of(corpus.deck, i, nth, last * num_rows) // num_rows + 1)
     draw = random.Random(0)
     while len(steps) < min(number, last):

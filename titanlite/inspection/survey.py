@@ -10,17 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from titanlite.data.best_fit import BestFitPacker
 from titanlite.data.feed import StreamSource
 from titanlite.data.order import permute
-from titanlite.data.packing import Packer, RowPacker
-from titanlite.data.stream import Chunk, SourceCursor
 from titanlite.data.token_cache import CachedReader
+from titanlite.data.windows import BestFit, Packing, Split
 from titanlite.inspection.seek import trained_lengths
 
 _SAMPLE_BYTES = 1 << 24  # of text that is tokenised for a sample
-_PACKED_ROWS, _PACKED_DOCUMENTS = 1 << 12, 1 << 20  # packed at most; the rows are 16 windows of best_fit
-_PORTION = 64  # documents or rows
+_PACKED_ROWS = 1 << 12  # of a window
+_PORTION = 64  # documents
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ def _sample(source: StreamSource) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Packing:
+class Packed:
     """What a way of packing makes of documents."""
 
     num_rows: int
@@ -108,7 +106,7 @@ class Packing:
     """Pairs of query and key that document masking leaves, as a share of seq_len^2 per row."""
 
 
-def pack_every_way(surveys: Mapping[str, Survey], seq_len: int) -> dict[str, dict[str, Packing]]:
+def pack_every_way(surveys: Mapping[str, Survey], seq_len: int) -> dict[str, dict[str, Packed]]:
     """By source, then by data.packing."""
     return {
         name: {packing: pack(found.lengths, packing, seq_len) for packing in ("split", "best_fit")}
@@ -116,35 +114,28 @@ def pack_every_way(surveys: Mapping[str, Survey], seq_len: int) -> dict[str, dic
     }
 
 
-def pack(lengths: np.ndarray, packing: str, seq_len: int) -> Packing:
-    """Pack documents (tokens, int64 [n]) in the given order, over and over, into some thousand rows."""
-    start = SourceCursor()
-    packer: Packer = RowPacker(seq_len, start) if packing == "split" else BestFitPacker(seq_len, start, 0, 0)
-    at = num_pieces = squares = 0
-    portion = max(1, int(_PORTION * seq_len / lengths.mean()))
-    while not at or (packer.cursor.row < _PACKED_ROWS and at < _PACKED_DOCUMENTS):
-        while packer.missing(_PORTION):
-            packer.append(_chunk(at, lengths[np.arange(at, at + portion) % len(lengths)]))
-            at += portion
-        rows = packer.take(_PORTION, 0, _PORTION)
-        for starts, counters in zip(rows.starts, rows.counters, strict=True):
-            num_pieces += int(np.count_nonzero(counters >= 0))
-            sizes = np.diff(np.append(starts[starts < seq_len], seq_len))
-            squares += int((sizes**2).sum())
-    ledger, num_rows = packer.cursor.ledger, packer.cursor.row
-    return Packing(
+def pack(lengths: np.ndarray, packing: str, seq_len: int) -> Packed:
+    """Pack documents (tokens, int64 [n], each at least 1) in the given order, over and over, into a window."""
+    way: Packing = Split(seq_len, _PACKED_ROWS) if packing == "split" else BestFit(seq_len, _PACKED_ROWS, False)
+    enough = -(-_PACKED_ROWS * (seq_len + 1) // int(lengths.sum())) + 1
+    repeated = np.resize(lengths, enough * len(lengths))
+    laid = way.lay(repeated, 0, True, (len(repeated), len(repeated)), True)
+    assert laid is not None
+    layout, num_rows = laid.layout, len(laid.layout.edges) - 1
+    row_of = np.repeat(np.arange(num_rows), np.diff(layout.edges))
+    begins = np.append(0, np.cumsum(layout.sizes))
+    starts = begins[:-1] - begins[layout.edges[:-1]][row_of]
+    inside = np.minimum(layout.sizes, seq_len - starts)  # the last token of a row is no input
+    used = np.diff(begins[layout.edges])
+    pads = (seq_len + 1) * num_rows - int(used.sum())
+    squares = int((inside**2).sum() + np.maximum(0, seq_len - used).sum())  # a pad sees itself
+    new = int((layout.sizes - 1).sum() + layout.document_first.sum())
+    fitting = int(np.count_nonzero(np.resize(lengths, laid.num_documents) <= seq_len + 1))
+    return Packed(
         num_rows,
-        documents_per_row=num_pieces / num_rows,
-        cut=ledger.cut / max(1, ledger.fitting),
-        padding=ledger.padding / (num_rows * (seq_len + 1)),
-        new_tokens_per_row=(ledger.targets + ledger.document_first) / num_rows,
+        documents_per_row=int(np.count_nonzero(inside)) / num_rows,
+        cut=laid.cut / max(1, fitting),
+        padding=pads / (num_rows * (seq_len + 1)),
+        new_tokens_per_row=new / num_rows,
         attention=squares / (num_rows * seq_len**2),
-    )
-
-
-def _chunk(counter: int, lengths: np.ndarray) -> Chunk:
-    """Documents of these lengths, whose ids do not matter."""
-    none = np.zeros(len(lengths), bool)
-    return Chunk(
-        counter, np.broadcast_to(np.int32(0), int(lengths.sum())), lengths, np.zeros_like(lengths), none, none, [], None
     )

@@ -1,11 +1,13 @@
 """What the measured lengths of documents say of any place in the stream: cursor, ledger, and the pieces of its rows.
 
 Owns a second account of the stream, to hold the first against: sums over documents in their order, and walks from one
-document to the next, where packing.py and best_fit.py keep a running state. In "best_fit" the assignment of a window's
-documents to its rows is the packer's; that they are all there, whole and once, is not taken from it. Refuses to read.
+document to the next, where windows.py lays all pieces of a window at once. In "best_fit" the assignment of a window's
+documents to its rows is that of windows.py; that they are all there, whole and once, is not taken from it. Refuses to
+read.
 """
 
 import functools
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,12 +17,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from titanlite.data.best_fit import WINDOW_ROWS, BestFitPacker
 from titanlite.data.feed import StreamSource
-from titanlite.data.stream import Ledger, SourceCursor, read_chunk
-from titanlite.inspection.census import Census, MeasuredReader
+from titanlite.data.stream import Ledger, SourceCursor
+from titanlite.data.windows import BestFit, Dealing
+from titanlite.inspection.census import Census
 
 _BLOCK = 1 << 14  # documents
+_MASK = (1 << 64) - 1
 
 Piece = tuple[int, int, int]
 """Position in the row, counter of the document, index in it of the piece's first token; counter -1: a pad."""
@@ -59,8 +62,9 @@ class Account(Protocol):
 class _Tally:
     """Sums over the documents before any place."""
 
-    def __init__(self, source: StreamSource, census: Census, seq_len: int) -> None:
-        self.source, self.census, self.seq_len = source, census, seq_len
+    def __init__(self, source: StreamSource, census: Census, dealing: Dealing, seq_len: int, window_rows: int) -> None:
+        self.source, self.census, self.seq_len, self.window_rows = source, census, seq_len, window_rows
+        self._dealing = dealing
         self.end = source.max_epochs * source.order.num_documents or np.iinfo(np.int64).max
         self._before = [np.zeros(len(Sums()), np.int64)]  # each block
         self._tokens_before = [0]
@@ -92,6 +96,16 @@ class _Tally:
                     yield document, length
                 document += 1
 
+    def order(self, first_row: int, num_rows: int) -> list[int]:
+        """In which the rows of a window are dealt, by the definition and Python's integers."""
+        if not self._dealing.shuffle:
+            return list(range(num_rows))
+        name = hashlib.blake2b(self._dealing.source.encode(), digest_size=8).digest()
+        key = self._dealing.seed
+        for part in (int.from_bytes(name, "little"), first_row):
+            key = splitmix64(splitmix64(key) ^ part)
+        return sorted(range(num_rows), key=lambda row: splitmix64(key ^ row))
+
     def _extend(self) -> None:
         self._before.append(self._before[-1] + self._block(len(self._before) - 1).sum(axis=0))
         self._tokens_before.append(int(self._before[-1][0]))
@@ -121,43 +135,78 @@ class _Tally:
         ).astype(np.int64)
 
 
-def _ledger(sums: Sums, *, targets: int, document_first: int, carried: int, padding: int, cut: int) -> Ledger:
-    return Ledger(
-        sums.tokens,
-        targets,
-        document_first,
-        carried,
-        padding=padding,
-        bytes=sums.bytes,
-        bad_records=sums.bad_records,
-        held_out=sums.held_out,
-        fitting=sums.fitting,
-        cut=cut,
-    )
+def splitmix64(x: int) -> int:
+    """As order.splitmix64, of one number."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
 
 
 class SplitAccount(_Tally):
-    """packing = "split": row r is the tokens from r * seq_len to (r + 1) * seq_len of the source's stream."""
+    """packing = "split": row r in natural order is the tokens from r * seq_len to (r + 1) * seq_len of the source's
+    stream, and a window is window_rows rows, or fewer at the end of an epoch."""
 
     def cursor(self, place: SourceCursor) -> SourceCursor:
-        if place.row == 0:
+        if not place.row:
             return SourceCursor()
-        token = place.row * self.seq_len  # the last one read as a target; those before are in rows
-        document, offset = self.find(token)
-        sums = self.before(document + 1)
-        ledger = _ledger(
-            sums,
-            targets=token + 1 - sums.documents,
-            document_first=sums.documents,
-            carried=sums.tokens - token - 1,
-            padding=0,
+        first_row = self._first_row(place)
+        document, offset = self.find(first_row * self.seq_len) if first_row else (0, 0)
+        window = self._window(first_row)
+        rows = window[: place.row - first_row]
+        read = (first_row + (len(window) if rows else 0)) * self.seq_len  # the last token in the ledger
+        sums = self.before(self.find(read)[0] + 1)
+        firsts = sum(self._begun((row + 1) * self.seq_len) - self._begun(row * self.seq_len) for row in rows)
+        firsts += self._begun(first_row * self.seq_len) if first_row else 0 in rows
+        dealt = place.row * self.seq_len + (first_row > 0 or 0 in rows)  # tokens in rows
+        ledger = Ledger(
+            read + 1,
+            dealt - firsts,
+            firsts,
+            read + 1 - dealt,
+            bytes=sums.bytes,
+            bad_records=sums.bad_records,
+            held_out=sums.held_out,
+            fitting=sums.fitting,
             cut=sums.cut,
         )
-        return SourceCursor(place.row, document, offset, ledger)
+        return SourceCursor(place.row, document, offset, place.row - first_row, ledger)
 
     def rows(self, place: SourceCursor, num_rows: int) -> tuple[list[list[Piece]], SourceCursor]:
-        rows = [self._row(row) for row in range(place.row, place.row + num_rows)]
-        return rows, self.cursor(replace(place, row=place.row + num_rows))
+        rows: list[list[Piece]] = []
+        first_row = self._first_row(place)
+        dealt = place.row - first_row
+        while True:
+            window = self._window(first_row)
+            here = window[dealt : dealt + num_rows - len(rows)]
+            rows += map(self._row, here)
+            dealt += len(here)
+            if dealt == len(window):
+                first_row, dealt = first_row + dealt, 0
+            if len(rows) == num_rows:
+                return rows, self.cursor(SourceCursor(first_row + dealt))
+
+    def _first_row(self, place: SourceCursor) -> int:
+        """Of the window in which a cursor's row is the next; after its last row that is the next window's."""
+        row = place.row
+        epoch = (row + 1) * self.seq_len // self._epoch_tokens  # of the row's last token
+        first = max(0, (epoch * self._epoch_tokens - 1) // self.seq_len)
+        return row - (row - first) % self.window_rows
+
+    def _window(self, first_row: int) -> list[int]:
+        """The rows of a window in the order in which they are dealt."""
+        epoch = (first_row + 1) * self.seq_len // self._epoch_tokens
+        behind = ((epoch + 1) * self._epoch_tokens - 1) // self.seq_len  # the first row that is not whole in the epoch
+        num_rows = min(self.window_rows, behind - first_row)
+        return [first_row + row for row in self.order(first_row, num_rows)]
+
+    @functools.cached_property
+    def _epoch_tokens(self) -> int:
+        return int(self.census.trained.sum())
+
+    def _begun(self, token: int) -> int:
+        """Documents whose first token is that one or before."""
+        return self.before(self.find(token)[0] + 1).documents
 
     def _row(self, row: int) -> list[Piece]:
         pieces: list[Piece] = []
@@ -175,65 +224,79 @@ class SplitAccount(_Tally):
 class BestFitAccount(_Tally):
     """packing = "best_fit": windows of whole documents, each in rows of its own."""
 
-    def __init__(self, source: StreamSource, census: Census, seq_len: int, seed: int) -> None:
-        super().__init__(source, census, seq_len)
-        self._seed, self._reader = seed, MeasuredReader(source.reader, census)
-        self._window = functools.lru_cache(maxsize=2)(self._pack_window)
-
     def cursor(self, place: SourceCursor) -> SourceCursor:
         dealt: list[list[Piece]] = []
         later: list[list[Piece]] = []
         behind = place.document
-        if place.offset:
-            behind, rows = self._window(place.document)
-            if place.offset >= len(rows):
+        if place.dealt:
+            behind, rows = self._window(place.document, place.first_row)
+            if place.dealt >= len(rows):
                 raise Difference(
-                    f"source {self.source.name}: row {place.offset} of the window of documents from {place.document}"
+                    f"source {self.source.name}: row {place.dealt} of the window of documents from {place.document}"
                     f" on, which has {len(rows)} rows"
                 )
-            dealt, later = rows[: place.offset], rows[place.offset :]
+            dealt, later = rows[: place.dealt], rows[place.dealt :]
         before, sums = self.before(place.document), self.before(behind)
         parts = [part for row in dealt for part in self._parts(row)]
         document_first = before.documents + sum(offset == 0 for _, offset, _ in parts)
         carried = sum(size - (offset > 0) for row in later for _, offset, size in self._parts(row))
         targets = sums.tokens - document_first - carried
-        # Of each piece all tokens but the first are targets; what else is in the rows are pads.
-        padding = place.row * (self.seq_len + 1) - targets - before.pieces - len(parts)
-        ledger = _ledger(sums, targets=targets, document_first=document_first, carried=carried, padding=padding, cut=0)
+        ledger = Ledger(
+            sums.tokens,
+            targets,
+            document_first,
+            carried,
+            # Of each piece all tokens but the first are targets; what else is in the rows are pads.
+            padding=place.row * (self.seq_len + 1) - targets - before.pieces - len(parts),
+            bytes=sums.bytes,
+            bad_records=sums.bad_records,
+            held_out=sums.held_out,
+            fitting=sums.fitting,
+        )
         return replace(place, ledger=ledger)
 
     def rows(self, place: SourceCursor, num_rows: int) -> tuple[list[list[Piece]], SourceCursor]:
         found: list[list[Piece]] = []
-        document, offset = place.document, place.offset
-        while len(found) < num_rows:
-            behind, rows = self._window(document)
-            here = rows[offset : offset + num_rows - len(found)]
+        document, first_row, dealt = place.document, place.first_row, place.dealt
+        while True:
+            behind, rows = self._window(document, first_row)
+            here = rows[dealt : dealt + num_rows - len(found)]
             found += here
-            offset += len(here)
-            if offset == len(rows):
-                document, offset = behind, 0
-        return found, self.cursor(SourceCursor(place.row + num_rows, document, offset))
+            dealt += len(here)
+            if dealt == len(rows):
+                document, first_row, dealt = behind, first_row + dealt, 0
+            if len(found) == num_rows:
+                return found, self.cursor(SourceCursor(first_row + dealt, document, 0, dealt))
 
-    def _pack_window(self, first: int) -> tuple[int, list[list[Piece]]]:
-        """The document behind a window, and the window's rows."""
-        wanted = self.before(first).tokens + (2 * WINDOW_ROWS - 1) * (self.seq_len + 1) // 2
-        epoch_documents = self.source.order.num_documents if self.source.max_epochs else 0
-        behind = (first // epoch_documents + 1) * epoch_documents if epoch_documents else self.end
+    @functools.lru_cache(maxsize=2)  # noqa: B019  an account lives as long as the verb
+    def _window(self, first: int, first_row: int) -> tuple[int, list[list[Piece]]]:
+        """The document after a window, and the window's rows in the order in which they are dealt."""
+        limited, of_epoch = self.source.max_epochs > 0, self.source.order.num_documents
+        behind = self.end
         with suppress(Difference):  # the data end before the window is full
-            behind = min(behind, self.find(wanted - 1)[0] + 1)
-        counters = np.arange(first, behind)
-        documents = self.source.order.documents(counters)
-        chunk = read_chunk(self._reader, first, documents, self.census.held_out[documents], True)
-        if not chunk.lengths.any():
-            return behind, []
-        packer = BestFitPacker(self.seq_len, SourceCursor(0, first, 0), 0, self._seed, epoch_documents)
-        packer.append(chunk)
-        rows: list[list[Piece]] = []
-        while packer.cursor.document == first and not packer.missing(1):
-            taken = packer.take(1, 0, 1)
-            rows.append(pieces_of(taken.starts[0], taken.counters[0], taken.offsets[0]))
-        self._check_whole(first, behind, packer.cursor.document, chunk.lengths.tolist(), rows)
-        return behind, rows
+            behind = self._full(first, self.window_rows)
+            least = first if limited else self._full(first, min(64, self.window_rows)) - 1
+            behind = min(behind, (least // of_epoch + 1) * of_epoch)
+        behind = min(behind, (first // of_epoch + 1) * of_epoch) if limited else behind
+        documents = self.source.order.documents(np.arange(first, behind))
+        lengths = self.census.trained[documents]
+        packing = BestFit(self.seq_len, self.window_rows, limited)
+        laid = packing.lay(lengths, 0, False, (of_epoch - first % of_epoch, of_epoch), True)
+        assert laid is not None
+        layout = laid.layout
+        natural: list[list[Piece]] = []
+        for begin, end in zip(layout.edges[:-1].tolist(), layout.edges[1:].tolist(), strict=True):
+            row, position = [], 0
+            for k in range(begin, end):
+                row.append((position, first + int(layout.documents[k]), int(layout.offsets[k])))
+                position += int(layout.sizes[k])
+            natural.append([*row, *((pad, -1, 0) for pad in range(position, self.seq_len + 1))])
+        self._check_whole(first, behind, first + laid.num_documents, lengths.tolist(), natural)
+        return behind, [natural[row] for row in self.order(first_row, len(natural))]
+
+    def _full(self, first: int, num_rows: int) -> int:
+        """The document after those that hold, from one on, tokens for half a row less than so many rows."""
+        return self.find(self.before(first).tokens + (2 * num_rows - 1) * (self.seq_len + 1) // 2 - 1)[0] + 1
 
     def _check_whole(self, first: int, behind: int, found: int, lengths: list[int], rows: list[list[Piece]]) -> None:
         """That the rows of a window hold every token of its documents, cut only where a row cannot hold one."""
@@ -261,10 +324,11 @@ class BestFitAccount(_Tally):
         ]
 
 
-def account_of(source: StreamSource, census: Census, packing: str, seq_len: int, seed: int) -> Account:
-    if packing == "split":
-        return SplitAccount(source, census, seq_len)
-    return BestFitAccount(source, census, seq_len, seed)
+def account_of(
+    source: StreamSource, census: Census, packing: str, dealing: Dealing, seq_len: int, window_rows: int
+) -> Account:
+    account = SplitAccount if packing == "split" else BestFitAccount
+    return account(source, census, dealing, seq_len, window_rows)
 
 
 def check_cursor(where: str, found: SourceCursor, expected: SourceCursor) -> None:

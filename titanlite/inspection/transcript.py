@@ -12,7 +12,7 @@ import numpy as np
 from titanlite.config import Config
 from titanlite.data.corpus import Corpus
 from titanlite.data.rows import StepRows
-from titanlite.inspection.survey import Packing, Survey
+from titanlite.inspection.survey import Packed, Survey
 from titanlite.tokenizer import Tokenizer
 
 _PREVIEW_TOKENS, _PREVIEW_CHARS = 32, 32
@@ -34,15 +34,12 @@ class Piece:
     """Index in the document of the first token."""
 
 
-def pieces_of(rows: StepRows, row: int, corpus: Corpus, eos_id: int) -> list[Piece]:
+def pieces_of(rows: StepRows, row: int, corpus: Corpus) -> list[Piece]:
     """What a row (from 0 in the step) is made of, in order."""
     name = list(corpus.sources)[int(rows.sources[row])]
     source, tokens = corpus.sources[name], rows.tokens[row]
     counters = rows.counters[row]
     ends = np.append(rows.starts[row][1:], len(tokens))
-    # In "split" the token behind the inputs may belong to a next document: then it is no target and no piece.
-    if ends[-1] - rows.starts[row][-1] > 1 and tokens[-2] == eos_id:
-        ends[-1] -= 1
     documents = source.order.documents(np.maximum(counters, 0))
     pieces: list[Piece] = []
     for k, (begin, end) in enumerate(zip(rows.starts[row].tolist(), ends.tolist(), strict=True)):
@@ -60,7 +57,7 @@ def step_text(rows: StepRows, corpus: Corpus, tokenizer: Tokenizer) -> str:
     """All pieces of all rows of a step, one a line, each with the beginning of its text."""
     lines = [["row", "source", "tokens", "offset", "counter", "epoch", "text", "document"]]
     for row in range(len(rows.tokens)):
-        for piece in pieces_of(rows, row, corpus, tokenizer.eos_id):
+        for piece in pieces_of(rows, row, corpus):
             start = [str(row), piece.source, f"{len(piece.ids):,}"]
             if not piece.place:
                 lines.append([*start, "-", "-", "-", "", "pads"])
@@ -109,7 +106,7 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
 
 
 def statistics_text(
-    config: Config, corpus: Corpus, surveys: Mapping[str, Survey], packed: Mapping[str, Mapping[str, Packing]]
+    config: Config, corpus: Corpus, surveys: Mapping[str, Survey], packed: Mapping[str, Mapping[str, Packed]]
 ) -> str:
     """Tables of all sources and of each, and a histogram. packed: by source, then by way of packing."""
     training, configured = config.training, config.data.packing
@@ -184,7 +181,7 @@ def _lengths_of(pooled: _Pooled, seq_len: int) -> list[str]:
     ]
 
 
-def _figures(packing: Packing) -> np.ndarray:
+def _figures(packing: Packed) -> np.ndarray:
     return np.array([packing.documents_per_row, packing.cut, packing.padding, packing.attention])
 
 

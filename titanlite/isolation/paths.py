@@ -12,7 +12,6 @@ from torch import Tensor
 
 from titanlite.config import Config
 from titanlite.data.corpus import open_corpus
-from titanlite.data.feed import EndOfData
 from titanlite.data.loader import build_loader
 from titanlite.data.validation_set import build_validation_set, validation_sources
 from titanlite.generation.decode import right_align
@@ -77,8 +76,6 @@ def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
         seq_len=training.seq_len,
         global_batch_size=training.global_batch_size,
         seed=training.seed,
-        dp_rank=0,
-        dp_degree=1,
     )
     best, searched = MicroBatch("", torch.empty(0), []), 0
     most = 3 * min(_COMPARED_ROWS, training.local_batch_size, training.global_batch_size) + 2
@@ -93,11 +90,10 @@ def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
             searched += training.global_batch_size
             if len(best.comparisons) == most or searched >= _SEARCHED_ROWS:
                 break
-    except EndOfData as end:
-        if not searched:
-            raise ValueError(str(end)) from end
     finally:
         loader.close()
+    if not searched:
+        raise ValueError(f"{loader.ended}")
     if not best.comparisons:
         raise ValueError(
             f"none of the first {searched:,} rows holds two documents, so there is nothing to isolate: raise"
