@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "loss": {"config", "matmul"},
     "matmul": set(),
     "tokenizer": {"config", "log"},
+    "sharding": set(),
     "optim": {"config", "log"},
     "checkpoint": {"config", "log"},
     "metrics": {"config", "log"},
@@ -32,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "claim": {"log", "runtime"},
     "run_folder": {"checkpoint", "claim", "runtime", "watchdog"},
     "data": {"config", "log", "tokenizer"},
-    "parallel": {"config", "log", "model"},
+    "parallel": {"config", "log", "model", "sharding"},
 }
 # Each may import all rooms and the ones before it.
 ASSEMBLY = [
