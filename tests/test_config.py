@@ -408,6 +408,13 @@ RULES = [  # command line, number of ranks, words of the one message
     ),
     ("--training.max_skipped_steps=3", None, 'training.max_skipped_steps = 3 training.on_nonfinite = "stop"'),
     ("--profiling.enable_profiling=true --profiling.profile_freq=3", None, "profiling.profile_freq = 3 enable 4"),
+    ("--optimizer.muon_momentum=0.9", None, 'optimizer.muon_momentum = 0.9 optimizer.name = "adamw" name = "muon"'),
+    ("--optimizer.muon_ns_steps=6", None, 'optimizer.muon_ns_steps = 6 optimizer.name = "adamw" name = "muon"'),
+    (
+        "--optimizer.name=muon --parallelism.enable_cpu_offload=true",
+        None,
+        'optimizer.name = "muon" parallelism.enable_cpu_offload = true name = "adamw"',
+    ),
     ("--lr_scheduler.warmup_steps=60 --lr_scheduler.decay_ratio=0.5", None, "warmup_steps = 60 0.5 steps = 100"),
     ("--lr_scheduler.decay_ratio=0 --lr_scheduler.lr_min=0.1", None, "lr_min = 0.1 lr_scheduler.decay_ratio = 0.0"),
     ("--lr_scheduler.decay_ratio=0 --lr_scheduler.decay_type=sqrt", None, 'decay_type = "sqrt" decay_ratio = 0.0'),
@@ -464,6 +471,7 @@ def test_every_rule(monkeypatch: pytest.MonkeyPatch, arguments: str, world_size:
         ("--data.on_bad_record=skip --data.max_bad_records=0", None),
         ("--data.format=text --data.max_epochs=1 --data.packing=best_fit --data.held_out_fraction=0.01", None),
         ("--data.exclude=*/encodings/*", None),
+        ("--optimizer.name=muon --optimizer.muon_momentum=0 --optimizer.muon_ns_steps=1", None),
         ("--data.paths=a --data.exclude=b --data.format=parquet --data.text_field=c", None),
     ],
 )

@@ -5,15 +5,17 @@ the initial weights, which it takes from the same keyed draw, whole.
 """
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tests.cases import some_quick
 from tests.gloo import ranks
 from titanlite.config import (
     ActivationCheckpointConfig,
@@ -52,14 +54,32 @@ def num_targets(rows: Tensor) -> int:
     return int((rows[:, :-1] != EOS).sum())
 
 
+class MuonByHand:
+    """Muon in float64, which torch's does not have: each singular value goes through the polynomial by itself."""
+
+    def __init__(self, matrices: list[nn.Parameter]) -> None:
+        self.momentum = {p: torch.zeros_like(p) for p in matrices}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for p, momentum in self.momentum.items():
+            assert p.grad is not None
+            momentum.copy_(0.95 * momentum + 0.05 * p.grad)
+            u, values, v = torch.linalg.svd(0.95 * momentum + 0.05 * p.grad, full_matrices=False)
+            values /= values.norm()
+            for _ in range(5):
+                values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+            p.copy_(p * (1 - lr * 0.1) - 0.2 * max(p.shape) ** 0.5 * lr * (u * values @ v))
+            p.grad = None
+
+
 @functools.cache
-def reference(
-    model_config: ModelConfig = MODEL,
-) -> Results:
+def reference(model_config: ModelConfig = MODEL, name: str = "adamw") -> Results:
     """Losses, gradient norms, the clipped gradients of step 1 and the final weights of a plain loop."""
     model = Llama(model_config).double()
     init_weights(model, lambda name: initial_mean_std(name, model_config), CONFIG.training.seed)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
+    muon = MuonByHand([p for p in model.layers.parameters() if p.ndim > 1 and name == "muon"])
+    decayed = [p for p in model.parameters() if p.ndim > 1 and p not in muon.momentum]
     others = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
@@ -76,8 +96,10 @@ def reference(
         losses.append(loss.item())
         if step == 1:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        lr = 1e-2 * (1 + math.cos(math.pi * step / STEPS)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (1 + torch.cos(torch.tensor(torch.pi * step / STEPS, dtype=torch.float64)).item()) / 2
+            group["lr"] = lr
+        muon.step(lr)
         optimizer.step()
         optimizer.zero_grad()
     return losses, norms, gradients, {name: p.detach() for name, p in model.named_parameters()}
@@ -99,15 +121,20 @@ def train(config: Config, degrees: tuple[int, int, int]) -> Results:
         result = trainer.train_step(mine, num_targets(rows))
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
-        if step == 1:  # Adam's first moment is then 0.1 of the gradient
+        if step == 1:  # Adam's first moment is then 0.1 of the gradient, and Muon's momentum 0.05
             for name, p in trainer.model.named_parameters():
-                gradients[name] = full(trainer.optimizer.state[p]["exp_avg"]) / (1 - config.optimizer.beta1)
+                state = trainer.optimizer.state[p]
+                gradients[name] = (
+                    10 * full(state["exp_avg"]) if "exp_avg" in state else 20 * full(state["momentum_buffer"])
+                )
     weights = {name: full(p) for name, p in trainer.model.named_parameters()}
     return losses, norms, gradients, weights
 
 
-def assert_equal_to_reference(results: list[Any], model: ModelConfig = MODEL, bound: float = 1e-12) -> None:
-    losses, norms, gradients, weights = reference(model)
+def assert_equal_to_reference(
+    results: list[Any], model: ModelConfig = MODEL, name: str = "adamw", bound: float = 1e-12
+) -> None:
+    losses, norms, gradients, weights = reference(model, name)
     for rank, (rank_losses, rank_norms, rank_gradients, rank_weights) in enumerate(results):
         for name, expected, actual in (
             *((f"gradient of {name}", gradients[name], rank_gradients[name]) for name in gradients),
@@ -130,6 +157,14 @@ LAYOUTS = [(1, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (1, 4, 1), (2,
 def test_layout_agrees_with_one_process(degrees: tuple[int, int, int]) -> None:
     world_size = degrees[0] * degrees[1] * degrees[2]
     assert_equal_to_reference(ranks(world_size).run(train, CONFIG, degrees))
+
+
+@pytest.mark.parametrize("name", some_quick(map(str, LAYOUTS), "(1, 1, 1)", "(2, 2, 1)", "(1, 2, 2)"))
+def test_muon_agrees_with_one_process(name: str) -> None:
+    degrees = {str(degrees): degrees for degrees in LAYOUTS}[name]
+    model = replace(MODEL, tie_embeddings=True, attention_bias=True)
+    config = with_(replace(CONFIG, model=model), optimizer={"name": "muon"})
+    assert_equal_to_reference(ranks(math.prod(degrees)).run(train, config, degrees), model, "muon", bound=1e-11)
 
 
 @pytest.mark.parametrize("degrees", [(1, 1, 1), (2, 1, 2), (1, 2, 2)])

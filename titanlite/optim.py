@@ -1,4 +1,4 @@
-"""AdamW, the learning rate as a pure function of the step, and gradient clipping that is right on every mesh."""
+"""Optimisers, the learning rate as a pure function of the step, and gradient clipping that is right on every mesh."""
 
 import math
 from collections.abc import Iterable
@@ -10,14 +10,21 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from titanlite.config import LrSchedulerConfig, OptimizerConfig
+from titanlite.muon import Muon
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW with its state allocated, so that a checkpoint can be loaded in place.
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, in_blocks: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """The optimiser with its state allocated, so that a checkpoint can be loaded in place.
 
-    Matrices are decayed; norms and biases, which have one dimension, are not. `set_lr` sets the rate of each step.
+    Fused AdamW; with name = "muon" only for what is no matrix among `in_blocks`, those of the parameters that
+    transformer blocks hold. Matrices are decayed; norms and biases, which have one dimension, are not. `set_lr` sets
+    the rate of each step.
     """
-    parameters = list(parameters)
+    matrices = [p for p in in_blocks if p.ndim == 2] if config.name == "muon" else []
+    taken = set(matrices)
+    parameters = [p for p in parameters if p not in taken]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -29,6 +36,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
             "exp_avg": torch.zeros_like(p),
             "exp_avg_sq": torch.zeros_like(p),
         }
+    if matrices:
+        return Muon(matrices, optimizer, momentum=config.muon_momentum, ns_steps=config.muon_ns_steps)
     return optimizer
 
 

@@ -79,7 +79,7 @@ class Trainer:
             model.to_empty(device="cpu" if config.parallelism.enable_cpu_offload else mesh.device)
             init_weights(model, lambda name: initial_mean_std(name, config.model), config.training.seed)
         self.model = model
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        self.optimizer = build_optimizer(model.parameters(), config.optimizer, model.layers.parameters())
         self.parameter_device = next(self.model.parameters()).device
         self.guard = NonFiniteGuard(mesh.device, sticky=config.training.on_nonfinite == "stop")
         self.on_micro_batch: Callable[[], None] = lambda: None
@@ -126,7 +126,7 @@ class Trainer:
         if self.config.training.max_norm > 0:
             clip_grads_with_norm_(self.model.parameters(), self.config.training.max_norm, norm)
         set_lr(self.optimizer, lr)
-        # Moved here, where the host waits for it: AdamW's own copy to offloaded parameters may be read too early.
+        # Moved here, where the host waits for it: fused AdamW's own copy to offloaded parameters may be read too early.
         self.optimizer.found_inf = self.guard.found_inf.to(self.parameter_device)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()

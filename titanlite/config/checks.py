@@ -49,7 +49,12 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("from 0 to 1e18", lambda v: 0 <= v <= 1e18, "data.sources.NAME.weight"),
     ("at least 1", lambda v: v >= 1, "model.rope_scaling_factor"),
     ("from 0 to 1", lambda v: 0 <= v <= 1, "lr_scheduler.decay_ratio lr_scheduler.lr_min"),
-    ("at least 0 and below 1", lambda v: 0 <= v < 1, "data.held_out_fraction optimizer.beta1 optimizer.beta2"),
+    (
+        "at least 0 and below 1",
+        lambda v: 0 <= v < 1,
+        "data.held_out_fraction optimizer.beta1 optimizer.beta2 optimizer.muon_momentum",
+    ),
+    ("from 1 to 99", lambda v: 1 <= v <= 99, "optimizer.muon_ns_steps"),
     (
         "not empty",
         bool,
@@ -81,7 +86,7 @@ def check(config: Config, world_size: int | None, doubtful: Set[str] = frozenset
                     tables[table][key] = SCHEMA[section][key].default  # a stand-in: the rules below divide by it
     config = from_tables(tables)
     doubtful = doubtful | out_of_range.keys()
-    rules = (_paths, _model, _training, _schedule, _data, _sources, _checkpoint, _validation)
+    rules = (_paths, _model, _training, _optimizer, _schedule, _data, _sources, _checkpoint, _validation)
     together = [problem for rule in rules for problem in rule(config)] + list(check_degrees(config, world_size))
     return [*out_of_range.values(), *(p for p in together if not _speaks_of(p, doubtful))]
 
@@ -156,6 +161,19 @@ def _training(config: Config) -> Iterator[str]:
         yield (
             f"profiling.profile_freq = {p.profile_freq} is too short for profiling.enable_profiling = true:"
             " a trace takes 1 step of warm-up and 3 steps, so use 4 or more"
+        )
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    o = config.optimizer
+    if o.name == "adamw":
+        for key in ("muon_momentum", "muon_ns_steps"):
+            if (value := getattr(o, key)) != SCHEMA["optimizer"][key].default:
+                yield _no_effect(f"optimizer.{key}", value, 'optimizer.name = "adamw"', 'name = "muon"')
+    elif config.parallelism.enable_cpu_offload:
+        yield (
+            'optimizer.name = "muon" with parallelism.enable_cpu_offload = true: the CPU would multiply its matrices;'
+            ' use enable_cpu_offload = false or optimizer.name = "adamw"'
         )
 
 

@@ -98,8 +98,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw: for all parameters. muon: for the matrices of the transformer blocks, whose updates are orthogonalised;
+    AdamW for the embedding, the output head, norms and biases."""
     lr: float = 3e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so that one rate fits both."""
     beta1: float = 0.9
     """Decay rate of the first moment."""
     beta2: float = 0.95
@@ -108,6 +111,10 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms and biases are not decayed."""
+    muon_momentum: float = 0.95
+    """Decay rate of Muon's momentum, which is Nesterov's."""
+    muon_ns_steps: int = 5
+    """Newton-Schulz iterations that orthogonalise an update of Muon."""
 
 
 @dataclass(frozen=True)
