@@ -155,6 +155,10 @@ def other_corpus(folder: Path) -> list[str]:
             lambda folder: ["--model.n_layers=3"],
             ["model.layers.2.attention.wq.weight", "optimizer.exp_avg_sq.layers.2."],
         ),
+        (
+            lambda folder: ["--optimizer.name=muon"],
+            ['step-00000008 was saved by optimizer.name = "adamw" and this run has "muon"', "checkpoint.init_from"],
+        ),
     ],
 )
 def test_resume_refuses_what_does_not_fit(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, decide_start
+from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, check_optimizer, decide_start
 from titanlite.config import Config, diff, dump_toml
 from titanlite.data.feed import EndOfData
 from titanlite.data.loader import Batch
@@ -123,6 +123,8 @@ class Job:
         if config.job.description:
             logger.info(config.job.description)
         meta = self.checkpointer.read_meta(path) if path else {}
+        if path:
+            check_optimizer(path, meta["config"], config.optimizer)
         self._open_data(meta)
         self._phase("building the model")
         self._open_trainer()

@@ -1,8 +1,11 @@
 """Where a run starts: the decision between a checkpoint, given weights and new ones, told in one line."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from titanlite.checkpoint.checkpointer import Checkpointer
 from titanlite.checkpoint.folder import CheckpointError, list_steps
-from titanlite.config.sections import CheckpointConfig
+from titanlite.config.sections import CheckpointConfig, OptimizerConfig
 from titanlite.log import logger
 
 
@@ -34,3 +37,13 @@ def decide_start(config: CheckpointConfig, checkpointer: Checkpointer) -> str | 
     weights = f"weights of {config.init_from}" if config.init_from else "newly drawn weights"
     logger.info("new run with %s: %s", weights, why)
     return None
+
+
+def check_optimizer(path: str, saved: Mapping[str, Mapping[str, Any]], config: OptimizerConfig) -> None:
+    """Raise CheckpointError where the run that saved checkpoint `path`, with config `saved`, had another optimiser."""
+    before = saved["optimizer"].get("name", "adamw")
+    if before != config.name:
+        raise CheckpointError(
+            f'{path} was saved by optimizer.name = "{before}" and this run has "{config.name}": set it as it was, or'
+            " begin a new run, in another job.dump_folder, from these weights: checkpoint.init_from takes them"
+        )
