@@ -47,6 +47,19 @@ def test_8b_on_64_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert run["seconds"] == pytest.approx(153_000 * run["step_seconds"])
 
 
+def test_muon_is_named_and_keeps_one_moment_of_a_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--job.config_file", str(write_config(tmp_path, optimizer__name="muon", model__n_layers=5))]
+    assert main([*arguments, "--world_size", "2", "--device", "cpu"]) == 0
+    table = capsys.readouterr().out
+    assert "  optimizer (muon)  " in table
+    assert "give --exact" in table
+    matrices = 5 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    others = 2 * 260 * 32 + 11 * 32
+    facts = plan(capsys, *arguments, "--world_size", "2", "--device", "cpu")
+    assert facts["layout"]["optimizer"] == "muon"
+    assert facts["bytes_per_rank"]["optimizer"] == 4 * (matrices + 2 * others) // 2 + 4 * 13
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_large_models_take_less_than_a_minute(size: str, capsys: pytest.CaptureFixture[str]) -> None:

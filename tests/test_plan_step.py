@@ -24,6 +24,7 @@ from titanlite.trainer import Trainer, build_model
 UNEVEN = {"model__vocab_size": 262, "model__n_layers": 3, "training__global_batch_size": 16}
 FLEX = {"model__dim": 64, "training__seq_len": 128}  # the least that flex takes
 LAYOUTS = {"1": (1, 1, 1), "dp 2": (1, 2, 1), "tp 2": (1, 1, 2), "dp 2 x tp 2": (1, 2, 2), "hsdp 2 x 2": (2, 2, 1)}
+OPTIMIZED = {f"{name}, {optimizer}": (LAYOUTS[name], optimizer) for name in LAYOUTS for optimizer in ("adamw", "muon")}
 DEEP = {
     f"{name}, {mode}": (layout, mode)
     for name, layout in {**LAYOUTS, "dp 3": (1, 3, 1)}.items()
@@ -73,11 +74,11 @@ def local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@pytest.mark.parametrize("name", some_quick(LAYOUTS, "1", "dp 2 x tp 2"))
+@pytest.mark.parametrize("name", some_quick(OPTIMIZED, "1, adamw", "dp 2 x tp 2, adamw", "dp 2 x tp 2, muon"))
 def test_bytes_and_peaks_are_those_of_real_ranks(name: str, tmp_path: Path) -> None:
-    layout = LAYOUTS[name]
+    layout, optimizer = OPTIMIZED[name]
     mode = {(1, 2, 2): "selective", (1, 1, 2): "full"}.get(layout, "none")
-    config = tiny(tmp_path, layout, activation_checkpoint__mode=mode, **UNEVEN)
+    config = tiny(tmp_path, layout, activation_checkpoint__mode=mode, optimizer__name=optimizer, **UNEVEN)
     replicate, shard, tp = layout
     planned = faked(config, layout)
     # Alone but for a scalar or two; the threads of gloo hold what they send longer than ranks that send nothing.

@@ -63,6 +63,7 @@ def plan_facts(
             "rows_per_rank": training.global_batch_size // dp_degree,
             "micro_batches": -(-training.global_batch_size // dp_degree // training.local_batch_size),
             "activation_checkpoint": config.activation_checkpoint.mode,
+            "optimizer": config.optimizer.name,
             "computes_in": str(param_dtype(config, target)).removeprefix("torch."),
             "traced_layers": [model.n_layers] if exact or model.n_layers <= SHALLOW[-1] else list(SHALLOW),
         },

@@ -11,6 +11,9 @@ inside kernels, and compile.enable, with which blocks keep less. Collectives are
 0, whose shards are the largest; each tensor is rounded up to 512 bytes. The memory of flex is that of its inputs, its
 output and the log-sum-exp; of dense, that of a fused kernel with an S x S mask. Time: model FLOPs at the assumed MFU;
 no saves, no start, no failures."""
+MUON = """
+Muon spreads the matrices of all blocks over the ranks otherwise than those of two or three: for its peak in the
+optimizer, give --exact."""
 
 
 def tables(facts: dict[str, Any]) -> str:
@@ -40,14 +43,17 @@ def _model(facts: dict[str, Any]) -> str:
 
 def _memory(facts: dict[str, Any]) -> str:
     memory, configured = facts["bytes_per_rank"], facts["layout"]["activation_checkpoint"]
-    state = {key: _gib(memory[key]) for key in ("parameters", "gradients", "optimizer")}
+    state = {key: _gib(memory[key]) for key in ("parameters", "gradients")}
+    state[f"optimizer ({facts['layout']['optimizer']})"] = _gib(memory["optimizer"])
     lines = [["activation checkpoint", "activations", *(f"in {phase}" for phase in PHASES), "peak"]]
     for mode, its in memory["by_activation_checkpoint"].items():
         mark = " (configured)" if mode == configured else ""
         peaks = [_gib(its["peaks"][phase]) for phase in PHASES]
         lines.append([mode + mark, _gib(its["activations"]), *peaks, _gib(its["peak"])])
     activations = "activations: kept by a micro-batch's forward pass for its backward pass. in ...: largest sum of all"
-    return f"{_pairs('GiB per rank', state)}\n\n{aligned(lines)}\n{activations} tensors then"
+    extended_muon = facts["layout"]["optimizer"] == "muon" and len(facts["layout"]["traced_layers"]) > 1
+    notes = f"{activations} tensors then{MUON * extended_muon}"
+    return f"{_pairs('GiB per rank', state)}\n\n{aligned(lines)}\n{notes}"
 
 
 def _checkpoint(checkpoint: dict[str, Any]) -> str:
