@@ -192,6 +192,16 @@ def test_resume_tells_what_changed_and_goes_on(
     assert [cursor["row"] for cursor in cursors] == [*range(8, 65, 8), 68, 72]
 
 
+def test_a_run_that_stops_early_has_the_rates_of_the_whole_schedule(uninterrupted: Path, tmp_path: Path) -> None:
+    """And so can be gone on with as if it had never stopped."""
+    config = write_config(tmp_path, paths=str(uninterrupted / "corpus/*.txt"), training__steps=3)
+    assert main(["--job.config_file", str(config), "--lr_scheduler.total_steps=8"]) == 0
+    assert main(["--job.config_file", str(config), "--training.steps=8"]) == 0
+    left, right = metrics(uninterrupted / "run"), metrics(tmp_path / "run")
+    assert [row["lr"] for row in left] == [row["lr"] for row in right]
+    assert right[-1]["loss"] == pytest.approx(left[-1]["loss"], rel=1e-4)
+
+
 def test_init_from_takes_the_weights_only(uninterrupted: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, paths=str(uninterrupted / "corpus/*.txt"), checkpoint__interval=1)
     source = uninterrupted / "run" / LAST

@@ -101,7 +101,8 @@ class Trainer:
             self.on_micro_batch()
             cast(FSDPModule, self.model).set_requires_all_reduce(i == len(micro_batches) - 1)
             losses.append(self._forward_backward(micro_batch, weight))
-        lr = learning_rate(self.step, training.steps, self.config.optimizer.lr, self.config.lr_scheduler)
+        schedule = self.config.lr_scheduler
+        lr = learning_rate(self.step, schedule.total_steps or training.steps, self.config.optimizer.lr, schedule)
         loss, norm = self._update(torch.stack(losses).sum(), lr)
         self.trained_targets += num_targets
         return StepResult(loss, norm, lr)

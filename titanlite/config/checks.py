@@ -36,7 +36,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "from 0 to 2147483647",
         lambda v: 0 <= v < LIMIT,
         "data.max_epochs data.sources.NAME.max_epochs data.max_bad_records data.num_workers data.prefetch"
-        " lr_scheduler.warmup_steps checkpoint.keep_latest_k comm.grace_seconds validation.max_documents",
+        " lr_scheduler.warmup_steps lr_scheduler.total_steps checkpoint.keep_latest_k comm.grace_seconds"
+        " validation.max_documents",
     ),
     ("from 0 to 9223372036854775807", lambda v: 0 <= v < 2**63, "training.seed"),
     (
@@ -178,13 +179,21 @@ def _optimizer(config: Config) -> Iterator[str]:
 
 
 def _schedule(config: Config) -> Iterator[str]:
-    s, steps = config.lr_scheduler, config.training.steps
+    s, trained = config.lr_scheduler, config.training.steps
+    steps, key = (s.total_steps, "lr_scheduler.total_steps") if s.total_steps else (trained, "training.steps")
     decay_steps = round(s.decay_ratio * steps)
+    if s.decay_ratio == 0 and s.total_steps:
+        yield _no_effect(key, steps, "lr_scheduler.decay_ratio = 0.0", "a ratio above 0")
+    elif steps < trained:
+        yield (
+            f"lr_scheduler.total_steps = {steps} is less than training.steps = {trained}: the rate would end before"
+            f" the run; raise total_steps to {trained} or more, or use 0"
+        )
     # A run that ends within its warm-up is whole: it is how one tries a config for a few steps.
     if s.warmup_steps < steps and s.decay_ratio < 1 and s.warmup_steps + decay_steps > steps:
         yield (
             f"lr_scheduler.warmup_steps = {s.warmup_steps} and lr_scheduler.decay_ratio = {s.decay_ratio}"
-            f" ({decay_steps} steps) overlap in training.steps = {steps}: lower one of them, or use decay_ratio = 1.0"
+            f" ({decay_steps} steps) overlap in {key} = {steps}: lower one of them, or use decay_ratio = 1.0"
             " (decay from the end of the warm-up on)"
         )
     if s.decay_ratio == 0:

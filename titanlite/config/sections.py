@@ -119,12 +119,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LrSchedulerConfig:
+    total_steps: int = 0
+    """Length of the schedule, where the run is to end before it or is to go on later; 0: training.steps."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0 to optimizer.lr."""
     decay_type: Literal["cosine", "linear", "sqrt"] = "cosine"
     """Shape of the decay."""
     decay_ratio: float = 1.0
-    """Share of training.steps spent decaying, at the end. 1: decay starts after the warm-up (cosine, linear); less: the
+    """Share of the schedule spent decaying, at the end. 1: decay starts after the warm-up (cosine, linear); less: the
     rate stays at its peak in between (warmup-stable-decay); 0: constant after the warm-up."""
     lr_min: float = 0.0
     """Rate at the end of the decay, as a fraction of optimizer.lr."""
