@@ -10,6 +10,7 @@ import pytest
 from tests.tiny_run import write_config
 from titanlite import cache, train
 from titanlite.plan import main
+from titanlite.planning.tables import tables
 
 LLAMA_8B = str(Path(__file__).parent.parent / "train_configs" / "llama_8b.toml")
 # Llama 3's sizes (Grattafiori et al. 2024, arXiv:2407.21783, table 3); the batch is 16 million tokens for 405B.
@@ -47,17 +48,21 @@ def test_8b_on_64_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert run["seconds"] == pytest.approx(153_000 * run["step_seconds"])
 
 
-def test_muon_is_named_and_keeps_one_moment_of_a_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--job.config_file", str(write_config(tmp_path, optimizer__name="muon", model__n_layers=5))]
-    assert main([*arguments, "--world_size", "2", "--device", "cpu"]) == 0
-    table = capsys.readouterr().out
-    assert "  optimizer (muon)  " in table
-    assert "give --exact" in table
-    matrices = 5 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
-    others = 2 * 260 * 32 + 11 * 32
-    facts = plan(capsys, *arguments, "--world_size", "2", "--device", "cpu")
-    assert facts["layout"]["optimizer"] == "muon"
-    assert facts["bytes_per_rank"]["optimizer"] == 4 * (matrices + 2 * others) // 2 + 4 * 13
+def test_muon_and_an_average_of_the_weights_are_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, optimizer__name="muon", training__ema_decay=0.9, model__n_layers=4)
+    facts = plan(capsys, "--job.config_file", str(config), "--world_size", "2", "--device", "cpu")
+    matrices = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    others = 2 * 260 * 32 + 9 * 32
+    steps = 4 * 11  # AdamW's count of them, for each of its parameters
+    memory = facts["bytes_per_rank"]
+    assert memory["parameters"] == memory["average"] == 4 * (matrices + others) // 2
+    assert memory["optimizer"] == 4 * (matrices + 2 * others) // 2 + steps
+    assert facts["checkpoint"]["bytes"] == 4 * (3 * matrices + 4 * others) + steps
+    table = tables(facts)
+    for text in ("  optimizer (muon)  ", "  average of the weights  ", "give --exact"):
+        assert text in table
 
 
 @pytest.mark.slow

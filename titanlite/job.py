@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, check_optimizer, decide_start
+from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, check_state, decide_start
 from titanlite.config import Config, diff, dump_toml
 from titanlite.data.feed import EndOfData
 from titanlite.data.loader import Batch
@@ -124,7 +124,7 @@ class Job:
             logger.info(config.job.description)
         meta = self.checkpointer.read_meta(path) if path else {}
         if path:
-            check_optimizer(path, meta["config"], config.optimizer)
+            check_state(path, meta["config"], config.optimizer, config.training)
         self._open_data(meta)
         self._phase("building the model")
         self._open_trainer()
@@ -134,6 +134,8 @@ class Job:
         elif checkpoint.init_from:
             weights = {name: t for name, t in self.trainer.state().items() if name.startswith("model.")}
             self.checkpointer.load(checkpoint.init_from, weights, prefix="model.")
+            if self.trainer.average:
+                self.trainer.average.begin()
         self._phase("opening the logs")
         self._open_logs(meta.get("skipped_steps", 0))
         self._validate()  # the last process may have left it

@@ -1,7 +1,8 @@
-"""Optimisers, the learning rate as a pure function of the step, and gradient clipping that is right on every mesh."""
+"""Optimisers, the learning rate as a pure function of the step, the gradient's norm and guard, the weights' average."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -111,3 +112,52 @@ class NonFiniteGuard:
         """The first bad step (0 where there was none) and the number of bad steps."""
         first, num_bad = self._counts.tolist()
         return first, num_bad
+
+
+class WeightAverage:
+    """An exponential moving average of the weights, with their names, types and shards.
+
+    Begins at the weights as they are. After each update it is decay * average + (1 - decay) * weight.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
+        self._weights, self._decay = dict(parameters), decay
+        self.tensors = {name: p.detach().clone() for name, p in self._weights.items()}
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Anew, at the weights as they are now."""
+        for average, weight in self._pairs():
+            average.copy_(weight)
+
+    @torch.no_grad()
+    def update(self, found_inf: Tensor) -> None:
+        """Follow the weights, but not where `found_inf` is 1, which left them alone. Does not wait for the device."""
+        for average, weight in self._pairs():
+            average.lerp_(weight, (1 - found_inf).to(weight.dtype) * (1 - self._decay))
+
+    @contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """The model computes with the average meanwhile. Takes the memory of one more shard, not of the model."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for average, weight in self._pairs():
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's part of each average and of its weight."""
+        for name, weight in self._weights.items():
+            average = self.tensors[name]
+            if isinstance(weight, DTensor):
+                assert isinstance(average, DTensor)
+                yield average.to_local(), weight.to_local()
+            else:
+                yield average, weight

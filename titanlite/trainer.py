@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from titanlite.config import Config
 from titanlite.model import Llama, build_documents, check_backend, initial_mean_std, labels, resolve_backend
-from titanlite.optim import NonFiniteGuard, build_optimizer, learning_rate, local_square_sum, set_lr
+from titanlite.optim import NonFiniteGuard, WeightAverage, build_optimizer, learning_rate, local_square_sum, set_lr
 from titanlite.parallel.apply import parallelize
 from titanlite.parallel.init import init_weights
 from titanlite.parallel.mesh import Mesh
@@ -80,6 +80,8 @@ class Trainer:
             init_weights(model, lambda name: initial_mean_std(name, config.model), config.training.seed)
         self.model = model
         self.optimizer = build_optimizer(model.parameters(), config.optimizer, model.layers.parameters())
+        decay = config.training.ema_decay
+        self.average = WeightAverage(model.named_parameters(), decay) if decay else None
         self.parameter_device = next(self.model.parameters()).device
         self.guard = NonFiniteGuard(mesh.device, sticky=config.training.on_nonfinite == "stop")
         self.on_micro_batch: Callable[[], None] = lambda: None
@@ -128,15 +130,21 @@ class Trainer:
             clip_grads_with_norm_(self.model.parameters(), self.config.training.max_norm, norm)
         set_lr(self.optimizer, lr)
         # Moved here, where the host waits for it: fused AdamW's own copy to offloaded parameters may be read too early.
-        self.optimizer.found_inf = self.guard.found_inf.to(self.parameter_device)  # type: ignore[attr-defined]
+        found_inf = self.guard.found_inf.to(self.parameter_device)
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
+        if self.average:
+            self.average.update(found_inf)
         self.optimizer.zero_grad()
         return loss, norm
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint by name: `model.<parameter>` and `optimizer.<moment>.<parameter>`."""
+        """The tensors of a checkpoint by name: `model.<parameter>`, `optimizer.<moment>.<parameter>` and, where there
+        is an average of the weights, `ema.<parameter>`."""
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             for key, value in self.optimizer.state[p].items():
                 tensors[f"optimizer.{key}.{name}"] = value
+        if self.average:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.average.tensors.items()}
         return tensors

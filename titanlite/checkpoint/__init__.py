@@ -4,7 +4,7 @@ from titanlite.checkpoint.audit import Audit, audit_checkpoint
 from titanlite.checkpoint.checkpointer import Checkpointer
 from titanlite.checkpoint.folder import CheckpointError, DamagedCheckpoint, LostFolder, list_steps, read_manifest
 from titanlite.checkpoint.single import CheckpointReader, write_checkpoint
-from titanlite.checkpoint.start import check_optimizer, decide_start
+from titanlite.checkpoint.start import check_state, decide_start
 
 __all__ = [
     "Audit",
@@ -14,7 +14,7 @@ __all__ = [
     "DamagedCheckpoint",
     "LostFolder",
     "audit_checkpoint",
-    "check_optimizer",
+    "check_state",
     "decide_start",
     "list_steps",
     "read_manifest",

@@ -5,7 +5,7 @@ from typing import Any
 
 from titanlite.checkpoint.checkpointer import Checkpointer
 from titanlite.checkpoint.folder import CheckpointError, list_steps
-from titanlite.config.sections import CheckpointConfig, OptimizerConfig
+from titanlite.config.sections import CheckpointConfig, OptimizerConfig, TrainingConfig
 from titanlite.log import logger
 
 
@@ -39,11 +39,21 @@ def decide_start(config: CheckpointConfig, checkpointer: Checkpointer) -> str | 
     return None
 
 
-def check_optimizer(path: str, saved: Mapping[str, Mapping[str, Any]], config: OptimizerConfig) -> None:
-    """Raise CheckpointError where the run that saved checkpoint `path`, with config `saved`, had another optimiser."""
+def check_state(
+    path: str, saved: Mapping[str, Mapping[str, Any]], optimizer: OptimizerConfig, training: TrainingConfig
+) -> None:
+    """Raise CheckpointError where the run that saved checkpoint `path`, with config `saved`, had another optimiser, or
+    an average of the weights and this one has none, or the other way round."""
     before = saved["optimizer"].get("name", "adamw")
-    if before != config.name:
+    anew = "begin a new run, in another job.dump_folder, from these weights (checkpoint.init_from)"
+    if before != optimizer.name:
         raise CheckpointError(
-            f'{path} was saved by optimizer.name = "{before}" and this run has "{config.name}": set it as it was, or'
-            " begin a new run, in another job.dump_folder, from these weights: checkpoint.init_from takes them"
+            f'{path} was saved by optimizer.name = "{before}" and this run has "{optimizer.name}": set it as it was, or'
+            f" {anew}"
+        )
+    decay = saved["training"].get("ema_decay", 0.0)
+    if bool(decay) != bool(training.ema_decay):
+        raise CheckpointError(
+            f"{path} was saved with training.ema_decay = {decay}, so it has {'an' if decay else 'no'} average of the"
+            f" weights, and this run has {training.ema_decay}: set it to {decay}, or {anew}"
         )

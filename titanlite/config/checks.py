@@ -53,7 +53,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "at least 0 and below 1",
         lambda v: 0 <= v < 1,
-        "data.held_out_fraction optimizer.beta1 optimizer.beta2 optimizer.muon_momentum",
+        "data.held_out_fraction training.ema_decay optimizer.beta1 optimizer.beta2 optimizer.muon_momentum",
     ),
     ("from 1 to 99", lambda v: 1 <= v <= 99, "optimizer.muon_ns_steps"),
     (

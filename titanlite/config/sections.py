@@ -94,6 +94,9 @@ class TrainingConfig:
     step. skip: that update is left out and counted."""
     max_skipped_steps: int = 10
     """Number of updates that on_nonfinite = "skip" may leave out before the run stops."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the weights, too, which keeps this share of itself at each update (0.999);
+    0: none."""
 
 
 @dataclass(frozen=True)

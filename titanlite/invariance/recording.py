@@ -42,7 +42,7 @@ class StepRecord:
     """Before clipping."""
     grad_norm: float
     weights: Sketches
-    """After the update."""
+    """After the update; and of their average, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ class Recorder:
         inputs, self._inputs = self._inputs, {}
         activations, self._activations = self._activations, {}
         gradients, self._gradients = self._gradients, {}
+        averaged = self._trainer.average.tensors if self._trainer.average else {}
+        averages = {f"ema.{name}": sketch_parameter(tensor) for name, tensor in averaged.items()}
         return StepRecord(
             fingerprint=step.fingerprint,
             row_digests=step.batch.row_digest,
@@ -126,7 +128,7 @@ class Recorder:
             loss=result.loss.item(),
             gradients=gradients,
             grad_norm=result.grad_norm.item(),
-            weights={name: sketch_parameter(p) for name, p in self._parameters()},
+            weights={name: sketch_parameter(p) for name, p in self._parameters()} | averages,
         )
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:

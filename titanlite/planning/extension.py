@@ -46,5 +46,5 @@ def extend(two: Footprint, three: Footprint, num_layers: int) -> Footprint:
         behind, before = (num_layers - 3) * (deep[0] - shallow[0]), (num_layers - 3) * (deep[2] - shallow[1])
         places = {0: deep[0] + behind, 1: deep[1] + behind, -2: deep[1] + before, -1: deep[2] + before}
         peaks |= {Moment(phase, block % num_layers, micro_batch): peak for block, peak in places.items()}
-    names = ("parameters", "gradients", "optimizer", "checkpoint", "activations")
+    names = ("parameters", "gradients", "optimizer", "average", "checkpoint", "activations")
     return Footprint(**{name: line(getattr(two, name), getattr(three, name)) for name in names}, peaks=peaks)

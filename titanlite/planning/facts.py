@@ -71,6 +71,7 @@ def plan_facts(
             "parameters": configured.parameters,
             "gradients": configured.gradients,
             "optimizer": configured.optimizer,
+            "average": configured.average,
             "by_activation_checkpoint": memory,
         },
         "checkpoint": {"bytes": configured.checkpoint, "kept": config.checkpoint.keep_latest_k},

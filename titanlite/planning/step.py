@@ -46,6 +46,8 @@ class Footprint:
     parameters: int
     gradients: int
     optimizer: int
+    average: int
+    """Of the weights; 0 where none is kept."""
     checkpoint: int
     """Tensors of a checkpoint, of all ranks together."""
     activations: int
@@ -135,6 +137,7 @@ def measured_step(trainer: Trainer, meter: MemoryMeter) -> Footprint:
         parameters=sum(map(local_bytes, trainer.model.parameters())),
         gradients=gradients[0],
         optimizer=sum(map(local_bytes, states)),
+        average=sum(map(local_bytes, trainer.average.tensors.values())) if trainer.average else 0,
         checkpoint=sum(tensor.numel() * tensor.element_size() for tensor in trainer.state().values()),
         activations=activations[0],
         peaks=dict(meter.peaks),

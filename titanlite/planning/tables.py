@@ -45,6 +45,8 @@ def _memory(facts: dict[str, Any]) -> str:
     memory, configured = facts["bytes_per_rank"], facts["layout"]["activation_checkpoint"]
     state = {key: _gib(memory[key]) for key in ("parameters", "gradients")}
     state[f"optimizer ({facts['layout']['optimizer']})"] = _gib(memory["optimizer"])
+    if memory["average"]:
+        state["average of the weights"] = _gib(memory["average"])
     lines = [["activation checkpoint", "activations", *(f"in {phase}" for phase in PHASES), "peak"]]
     for mode, its in memory["by_activation_checkpoint"].items():
         mark = " (configured)" if mode == configured else ""
