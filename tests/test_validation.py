@@ -70,7 +70,9 @@ def build_set(config: Config, tokenizer: Tokenizer, dp_rank: int = 0, dp_degree:
     )
 
 
-def naive(config: Config, checkpoint: Path, texts: list[str], scratch: Path) -> tuple[float, float]:
+def naive(
+    config: Config, checkpoint: Path, texts: list[str], scratch: Path, prefix: str = "model."
+) -> tuple[float, float]:
     """Loss and bits per byte of texts, each document alone through a plain model, in float64, with full logits.
 
     A document of more than seq_len + 1 tokens: seq_len targets at a time, with one token before them as context.
@@ -78,7 +80,7 @@ def naive(config: Config, checkpoint: Path, texts: list[str], scratch: Path) -> 
     tokenizer, seq_len = Tokenizer.load(config.tokenizer.path), config.training.seq_len
     model = Llama(config.model).double()
     state = state_of(checkpoint, scratch)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     nats = targets = num_bytes = 0.0
     for document in texts:
         ids = torch.tensor([tokenizer.bos_id, *(IDS[byte] for byte in document.encode()), tokenizer.eos_id])
@@ -271,6 +273,27 @@ def test_training_with_and_without_it_is_the_same(tmp_path: Path, world_size: in
     assert [event.step for event in events.Tensors("sample/2/text_summary")] == [4, 8]
 
 
+def test_the_average_is_validated_and_training_is_the_same(tmp_path: Path) -> None:
+    settings = {**HELD, **SAMPLES, **FLOAT64, "training__ema_decay": 0.9, "validation__freq": 2}
+    path = write_config(tmp_path, **settings)
+    for name, use_ema in (("with", "true"), ("without", "false")):
+        overrides = (f"--job.dump_folder={tmp_path / name}", f"--validation.use_ema={use_ema}")
+        for code, told in run_on(2, started, path, *overrides):
+            assert code == 0, told
+    for step in (4, 8):
+        assert_same_training(tmp_path / "with", tmp_path / "without", step, tmp_path)
+    config = config_of(path)
+    texts = [text(number) for number in held_out_numbers(config)]
+    for name, prefix in (("with", "ema."), ("without", "model.")):
+        for step in (4, 8):
+            checkpoint = tmp_path / f"{name}/checkpoint/step-{step:08d}"
+            loss, _ = naive(config, checkpoint, texts, tmp_path, prefix)
+            assert validations(tmp_path / name)[step]["validation_loss"] == pytest.approx(loss, rel=1e-9)
+    overrides = (f"--job.dump_folder={tmp_path / 'with'}", "--validation.use_ema=true")
+    (found,) = exact(path, *overrides)
+    assert found.validation_loss == pytest.approx(validations(tmp_path / "with")[8]["validation_loss"], rel=1e-12)
+
+
 def numbers(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "validation_seconds"} for row in validations(run).values()]
 
@@ -409,18 +432,18 @@ def greedy(model: Llama, tokenizer: Tokenizer, prompt: str, num: int) -> str:
     return tokenizer.decode([i for i in new if i != tokenizer.eos_id])
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_samples_are_what_a_plain_model_says(tmp_path: Path, world_size: int) -> None:
-    path = write_config(
-        tmp_path, **{**HELD, **SAMPLES, **FLOAT64}, training__steps=4, training__mixed_precision_param="float64"
-    )
+@pytest.mark.parametrize(("world_size", "prefix"), [(1, "model."), (2, "model."), (1, "ema.")])
+def test_samples_are_what_a_plain_model_says(tmp_path: Path, world_size: int, prefix: str) -> None:
+    average = {"training__ema_decay": 0.9, "validation__use_ema": True} if prefix == "ema." else {}
+    settings = {**HELD, **SAMPLES, **FLOAT64, **average, "training__mixed_precision_param": "float64"}
+    path = write_config(tmp_path, **settings, training__steps=4)
     for code, told in run_on(world_size, started, path):
         assert code == 0, told
     config = config_of(path)
     tokenizer = Tokenizer.load(config.tokenizer.path)
     model = Llama(config.model).double()
     state = final_state(tmp_path / "run", 4, tmp_path)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     events = EventAccumulator(str(tmp_path / "run/tb")).Reload()
     for number, prompt in enumerate(SAMPLES["validation__sample_prompts"], 1):
         (event,) = events.Tensors(f"sample/{number}/text_summary")
@@ -481,6 +504,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--validation.sample_prompts=a", "--parallelism.tensor_parallel_degree=2"],
         "validation.sample_prompts with parallelism.tensor_parallel_degree = 2: training splits the sequence",
     ),
+    "no average": (["--validation.use_ema=true"], "validation.use_ema = true, and training.ema_decay = 0.0 keeps no"),
     "no checkpoint": (["--validation.only"], "run/checkpoint has no valid checkpoint"),
 }
 

@@ -9,6 +9,7 @@ bit.
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from titanlite.checkpoint import Checkpointer, CheckpointError, DamagedCheckpoint, list_steps
+from titanlite.checkpoint import Checkpointer, CheckpointError, DamagedCheckpoint, list_steps, weights_prefix
 from titanlite.config import Config
 from titanlite.data.corpus import Corpus
 from titanlite.data.validation_set import ValidationSet
@@ -158,7 +159,8 @@ class Validation:
         if due and 0 < step != report.validated_step:
             began = time.perf_counter()
             eos_id = self._tokenizer.eos_id
-            nats = sum_of_losses(trainer.model, self._rows, self._mesh, eos_id, trainer.backend, self._goes_on)
+            with self._weights(trainer):
+                nats = sum_of_losses(trainer.model, self._rows, self._mesh, eos_id, trainer.backend, self._goes_on)
             if nats is None:
                 logger.warning("the validation of step %d is left; the next start makes up for it", step)
                 self._left = True
@@ -166,8 +168,17 @@ class Validation:
             found = result(nats, self._set, step, trainer.trained_targets, time.perf_counter() - began)
             report.validated(f"step {step:>{len(str(self._steps))}}/{self._steps}  {found.numbers}", asdict(found))
         if self._prompts and step % config.sample_freq == 0 and step != report.sampled_step:
-            report.samples(self._continuations(trainer.model))
+            with self._weights(trainer):
+                texts = self._continuations(trainer.model)
+            report.samples(texts)
         return True
+
+    def _weights(self, trainer: Trainer) -> AbstractContextManager[None]:
+        """With those to validate in their place."""
+        if not self._config.use_ema:
+            return nullcontext()
+        assert trainer.average, "validation.use_ema without training.ema_decay"
+        return trainer.average.in_place_of_weights()
 
     def _continuations(self, model: Llama) -> dict[str, str]:
         """What the model adds to each prompt, always the most probable token. Collective."""
@@ -262,11 +273,12 @@ def _load(model: Llama, config: Config, tokenizer: Tokenizer) -> tuple[str, int,
     everyone: list[list[str]] = [paths]
     dist.broadcast_object_list(everyone, src=0)
     checkpointer = Checkpointer(folder, keep_latest_k=0, async_save=False)
-    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     refused: list[str] = []
     for path in everyone[0]:
         try:
-            checkpointer.load(path, weights, prefix="model.")
+            prefix = weights_prefix(path, checkpointer.read_meta(path), config.validation.use_ema)
+            weights = {f"{prefix}{name}": p.detach() for name, p in model.named_parameters()}
+            checkpointer.load(path, weights, prefix=prefix)
         except DamagedCheckpoint as error:
             logger.warning("checkpoint %s is damaged and passed over: %s", path, error)
             refused.append(f"{error}")

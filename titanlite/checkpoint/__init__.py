@@ -4,7 +4,7 @@ from titanlite.checkpoint.audit import Audit, audit_checkpoint
 from titanlite.checkpoint.checkpointer import Checkpointer
 from titanlite.checkpoint.folder import CheckpointError, DamagedCheckpoint, LostFolder, list_steps, read_manifest
 from titanlite.checkpoint.single import CheckpointReader, write_checkpoint
-from titanlite.checkpoint.start import check_state, decide_start
+from titanlite.checkpoint.start import check_state, decide_start, weights_prefix
 
 __all__ = [
     "Audit",
@@ -18,5 +18,6 @@ __all__ = [
     "decide_start",
     "list_steps",
     "read_manifest",
+    "weights_prefix",
     "write_checkpoint",
 ]

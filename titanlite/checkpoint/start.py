@@ -39,6 +39,19 @@ def decide_start(config: CheckpointConfig, checkpointer: Checkpointer) -> str | 
     return None
 
 
+def weights_prefix(path: str, meta: Mapping[str, Any], use_ema: bool) -> str:
+    """What the names of the weights in checkpoint `path` with this `meta` begin with.
+
+    Raises CheckpointError where their average is wanted, and there is none.
+    """
+    if use_ema and not meta.get("config", {}).get("training", {}).get("ema_decay"):
+        raise CheckpointError(
+            f"{path} has no average of the weights, because training.ema_decay was 0: take the weights themselves, or"
+            " train with an ema_decay above 0"
+        )
+    return "ema." if use_ema else "model."
+
+
 def check_state(
     path: str, saved: Mapping[str, Mapping[str, Any]], optimizer: OptimizerConfig, training: TrainingConfig
 ) -> None:

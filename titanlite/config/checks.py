@@ -291,6 +291,8 @@ def _validation(config: Config) -> Iterator[str]:
         yield _no_effect(
             "validation.text_field", v.text_field, 'validation.format = "text"', 'format = "auto", "jsonl" or "parquet"'
         )
+    if v.use_ema and not config.training.ema_decay:
+        yield "validation.use_ema = true, and training.ema_decay = 0.0 keeps no average: set it, for example to 0.999"
     if v.enable and v.sample_prompts and tp > 1:
         yield (
             f"validation.sample_prompts with parallelism.tensor_parallel_degree = {tp}: training splits the sequence"

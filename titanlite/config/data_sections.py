@@ -90,6 +90,8 @@ class ValidationConfig:
     only: bool = False
     """Validate the run's newest checkpoint (or checkpoint.load_step, or else checkpoint.init_from), print the result
     and end. Trains nothing, and writes nothing into the run's folder."""
+    use_ema: bool = False
+    """Validate, and sample from, the average of the weights (training.ema_decay) in place of the weights."""
     paths: tuple[str, ...] = ()
     """Files or globs (** for subfolders) of the documents to validate on. Empty: those that data.held_out_fraction
     keeps out of training."""
