@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.gloo import ranks
 from tests.test_parallel import CONFIG, EOS, batch, full, num_targets, with_
 from tests.tiny_run import state_of, write_config
+from titanlite import convert, generate
 from titanlite.optim import WeightAverage
 from titanlite.parallel.mesh import build_mesh
+from titanlite.pretrained import load_model
 from titanlite.train import main
 from titanlite.trainer import Trainer
 
@@ -137,3 +140,38 @@ def test_from_given_weights_it_begins_at_them(uninterrupted: Path, tmp_path: Pat
     for name, tensor in given.items():
         if name.startswith("model."):
             assert torch.equal(tensor, result[f"ema{name[5:]}"]), name
+
+
+def test_it_generates_and_converts_in_place_of_the_weights(uninterrupted: Path, tmp_path: Path) -> None:
+    expected = {name: t for name, t in state_of(uninterrupted / LAST, tmp_path).items() if name.startswith("ema.")}
+    for name, weight in ranks(1).run(generating, str(uninterrupted / "run"))[0].items():
+        assert torch.equal(weight, expected[f"ema.{name}"]), name
+    assert convert.main(["to-hf", str(uninterrupted / "run"), str(tmp_path / "hf"), "--ema", "--check=streamed"]) == 0
+    written = load_file(tmp_path / "hf/model.safetensors")
+    for theirs, ours in (
+        ("model.embed_tokens", "tok_embeddings"),
+        ("model.layers.1.mlp.up_proj", "layers.1.feed_forward.w3"),
+    ):
+        assert torch.equal(written[f"{theirs}.weight"], expected[f"ema.{ours}.weight"].float())
+
+
+def generating(run: str) -> dict[str, Tensor]:
+    model = load_model(run, build_mesh("cpu", 1, 1, 1), torch.float64, use_ema=True).model
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_who_asks_for_an_average_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(write_config(tmp_path, training__steps=1, data__held_out_fraction=0.2))
+    assert main(["--job.config_file", config]) == 0
+    run, out = str(tmp_path / "run"), str(tmp_path / "hf")
+    only = ["--job.config_file", config, "--validation.only", "--validation.use_ema=true", "--training.ema_decay=0.9"]
+    for verb, arguments in (
+        (generate.main, ["--checkpoint", run, "--prompt", "a", "--ema"]),
+        (convert.main, ["to-hf", run, out, "--ema"]),
+        (main, only),
+    ):
+        capsys.readouterr()
+        assert verb(arguments) == 1
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("titanlite: ")]
+        assert len(told) == 1
+        assert "step-00000001 has no average of the weights, because training.ema_decay was 0" in told[0]

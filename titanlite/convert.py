@@ -45,7 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.verb == "to-hf":
             dtype = getattr(torch, options.dtype)
-            lines = to_hf(options.source, options.out, dtype, options.shard_size, options.tokenizer, options.check)
+            lines = to_hf(
+                options.source,
+                options.out,
+                dtype,
+                options.shard_size,
+                options.tokenizer,
+                options.check,
+                use_ema=options.ema,
+            )
         else:
             lines = from_hf(options.source, options.out, options.check)
         print("\n".join(lines))
@@ -68,6 +76,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "source", metavar="CHECKPOINT", help="RUN/checkpoint/step-N, or a run's folder: its newest valid checkpoint"
     )
     to_hf.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    to_hf.add_argument(
+        "--ema", action="store_true", help="write the average of the weights (training.ema_decay) in their place"
+    )
     to_hf.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights (default: float32)"
     )

@@ -87,6 +87,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         metavar="DIR",
         help="checkpoint folder (RUN/checkpoint/step-N), or a run's folder: its newest valid checkpoint",
     )
+    add("--ema", action="store_true", help="take the average of the weights (training.ema_decay) in their place")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
     add(
         "--prompt_file",
@@ -176,7 +177,7 @@ def run(options: argparse.Namespace, prompts: list[str]) -> None:
     try:
         mesh = build_mesh(device_type, 1, 1, dist.get_world_size())
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        pretrained = load_model(options.checkpoint, mesh, dtype, options.tokenizer)
+        pretrained = load_model(options.checkpoint, mesh, dtype, options.tokenizer, use_ema=options.ema)
         continue_all(pretrained, prompts, options, mesh.device)
     finally:
         if joined:

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from titanlite.checkpoint import Checkpointer, CheckpointError, DamagedCheckpoint, list_steps, read_manifest
+from titanlite.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    DamagedCheckpoint,
+    list_steps,
+    read_manifest,
+    weights_prefix,
+)
 from titanlite.config import Config, ModelConfig
 from titanlite.config.degrees import divisors, listed
 from titanlite.config.schema import SCHEMA, from_tables, from_toml, schema_name, to_tables
@@ -36,13 +43,18 @@ class Pretrained(NamedTuple):
 
 
 def load_model(
-    checkpoint: str, mesh: Mesh, dtype: torch.dtype | None = None, tokenizer_path: str | None = None
+    checkpoint: str,
+    mesh: Mesh,
+    dtype: torch.dtype | None = None,
+    tokenizer_path: str | None = None,
+    *,
+    use_ema: bool = False,
 ) -> Pretrained:
     """The model of a checkpoint folder (.../step-N), or of the newest valid one in a run's folder. Collective.
 
     dtype: of weights and activations; None is that of training's forward pass on this device. tokenizer_path: in place
-    of the config's, whose fingerprint it must have. Raises RunFailed or CheckpointError, the same on all ranks, in one
-    line that names file or folder and fix.
+    of the config's, whose fingerprint it must have. use_ema: with the average of the weights in their place. Raises
+    RunFailed or CheckpointError, the same on all ranks, in one line that names file or folder and fix.
     """
     assert mesh.dp_degree == 1, mesh.describe
     checkpointer = Checkpointer(checkpoint, keep_latest_k=0, async_save=False)
@@ -57,10 +69,11 @@ def load_model(
         with agreed():
             config = config_of(path, meta)
             tokenizer = tokenizer_of(path, meta, config, tokenizer_path)
+            prefix = weights_prefix(path, meta, use_ema)
             model = empty_model(config, mesh)
-        weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+        weights = {f"{prefix}{name}": p.detach() for name, p in model.named_parameters()}
         try:
-            checkpointer.load(path, weights, prefix="model.")
+            checkpointer.load(path, weights, prefix=prefix)
         except DamagedCheckpoint as error:
             _refuse(path, str(error), refused)
             continue

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from titanlite.checkpoint import CheckpointReader, write_checkpoint
+from titanlite.checkpoint import CheckpointReader, weights_prefix, write_checkpoint
 from titanlite.config import Config, ModelConfig
 from titanlite.config.checks import check
 from titanlite.config.dump import toml_value
@@ -62,15 +62,24 @@ def new_folder(out: str, needed: int) -> Iterator[str]:
 
 
 def to_hf(
-    checkpoint: str, out: str, dtype: torch.dtype, shard_bytes: int, tokenizer_path: str | None, how: str
+    checkpoint: str,
+    out: str,
+    dtype: torch.dtype,
+    shard_bytes: int,
+    tokenizer_path: str | None,
+    how: str,
+    *,
+    use_ema: bool = False,
 ) -> list[str]:
     """Write the model of a checkpoint as Hugging Face folder `out`; lines about what was done.
 
+    use_ema: with the average of the weights in their place.
     Raises ValueError or OSError, one line; there is no `out` then.
     """
     path, meta = newest_checkpoint(checkpoint, {})
     config = config_of(path, meta)
     tokenizer = tokenizer_of(path, meta, config, tokenizer_path)
+    prefix = weights_prefix(path, meta, use_ema)
     model = config.model
     saved = empty_parameters(model, getattr(torch, config.training.dtype))
     shapes = empty_parameters(model, dtype)
@@ -78,10 +87,10 @@ def to_hf(
     size = sum(tensor.nbytes for tensor in shapes.values())
     with new_folder(out, size) as folder, _progress() as bar:
         reader = CheckpointReader(path, bar("checking", 0))
-        reader.compare({f"model.{name}": tensor for name, tensor in saved.items()}, "model.")
+        reader.compare({f"{prefix}{name}": tensor for name, tensor in saved.items()}, prefix)
 
         def rounded(name: str) -> Tensor:
-            return reader.read(f"model.{_stored(name, model)}").to(dtype)
+            return reader.read(f"{prefix}{_stored(name, model)}").to(dtype)
 
         def load(their: str) -> Tensor:
             return to_their_order(ours[their], rounded(ours[their]), model)
@@ -103,8 +112,9 @@ def to_hf(
     num_files = len(files) - (len(files) > 1)
     name = str(dtype).removeprefix("torch.")
     num_parameters = sum(tensor.numel() for tensor in shapes.values())
+    kind = "parameters" + ", averaged (--ema)," * use_ema
     return [
-        f"{out}: {num_parameters:,} parameters of {path} in {name}, {num_files} weight file(s)",
+        f"{out}: {num_parameters:,} {kind} of {path} in {name}, {num_files} weight file(s)",
         _told(verdict, "" if dtype == getattr(torch, config.training.dtype) else f", both rounded to {name}"),
         texts or "the tokenizers package is not installed, so tokenizer.json was not tried",
     ]
