@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, check_state, decide_start
+from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, decide_start
 from titanlite.config import Config, diff, dump_toml
 from titanlite.data.feed import EndOfData
 from titanlite.data.loader import Batch
@@ -119,12 +119,9 @@ class Job:
             fence=self._run_folder.fence,
         )
         self._phase("looking for a checkpoint", at_least=SAVING_SECONDS)
-        path = decide_start(checkpoint, self.checkpointer)
+        path, meta = decide_start(checkpoint, config.optimizer, config.training, self.checkpointer)
         if config.job.description:
             logger.info(config.job.description)
-        meta = self.checkpointer.read_meta(path) if path else {}
-        if path:
-            check_state(path, meta["config"], config.optimizer, config.training)
         self._open_data(meta)
         self._phase("building the model")
         self._open_trainer()
@@ -134,8 +131,7 @@ class Job:
         elif checkpoint.init_from:
             weights = {name: t for name, t in self.trainer.state().items() if name.startswith("model.")}
             self.checkpointer.load(checkpoint.init_from, weights, prefix="model.")
-            if self.trainer.average:
-                self.trainer.average.begin()
+            self.trainer.begin_average()
         self._phase("opening the logs")
         self._open_logs(meta.get("skipped_steps", 0))
         self._validate()  # the last process may have left it

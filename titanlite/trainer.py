@@ -138,6 +138,11 @@ class Trainer:
         self.optimizer.zero_grad()
         return loss, norm
 
+    def begin_average(self) -> None:
+        """At the weights as they are now, where an average of them is kept."""
+        if self.average:
+            self.average.begin()
+
     def state(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint by name: `model.<parameter>`, `optimizer.<moment>.<parameter>` and, where there
         is an average of the weights, `ema.<parameter>`."""

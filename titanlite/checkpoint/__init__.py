@@ -4,7 +4,7 @@ from titanlite.checkpoint.audit import Audit, audit_checkpoint
 from titanlite.checkpoint.checkpointer import Checkpointer
 from titanlite.checkpoint.folder import CheckpointError, DamagedCheckpoint, LostFolder, list_steps, read_manifest
 from titanlite.checkpoint.single import CheckpointReader, write_checkpoint
-from titanlite.checkpoint.start import check_state, decide_start, weights_prefix
+from titanlite.checkpoint.start import decide_start, weights_prefix
 
 __all__ = [
     "Audit",
@@ -14,7 +14,6 @@ __all__ = [
     "DamagedCheckpoint",
     "LostFolder",
     "audit_checkpoint",
-    "check_state",
     "decide_start",
     "list_steps",
     "read_manifest",

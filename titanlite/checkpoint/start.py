@@ -9,10 +9,12 @@ from titanlite.config.sections import CheckpointConfig, OptimizerConfig, Trainin
 from titanlite.log import logger
 
 
-def decide_start(config: CheckpointConfig, checkpointer: Checkpointer) -> str | None:
-    """The checkpoint to resume from, or None for a new run; logs which and why. Collective.
+def decide_start(
+    config: CheckpointConfig, optimizer: OptimizerConfig, training: TrainingConfig, checkpointer: Checkpointer
+) -> tuple[str | None, dict[str, Any]]:
+    """The checkpoint to resume from and its meta, or None and none for a new run; logs which and why. Collective.
 
-    Raises CheckpointError, on all ranks, where the config asks for what is not there.
+    Raises CheckpointError, on all ranks, where the config asks for what is not there, or has other state to fill.
     """
     folder = checkpointer.folder
     if not config.enable or config.resume == "never":
@@ -25,7 +27,9 @@ def decide_start(config: CheckpointConfig, checkpointer: Checkpointer) -> str | 
         if path := checkpointer.newest(config.load_step):
             which = "the newest valid one" if config.load_step < 0 else "checkpoint.load_step"
             logger.info('resuming from %s: checkpoint.resume = "%s", and it is %s', path, config.resume, which)
-            return path
+            meta = checkpointer.read_meta(path)
+            _check_state(path, meta["config"], optimizer, training)
+            return path, meta
         if config.resume == "must":
             raise CheckpointError(f'checkpoint.resume = "must", and there is no valid checkpoint in {folder}')
         if damaged := checkpointer.damaged():  # their run may have cost weeks: beginning anew is not ours to decide
@@ -36,7 +40,7 @@ def decide_start(config: CheckpointConfig, checkpointer: Checkpointer) -> str | 
         why = f"no valid checkpoint in {folder}"
     weights = f"weights of {config.init_from}" if config.init_from else "newly drawn weights"
     logger.info("new run with %s: %s", weights, why)
-    return None
+    return None, {}
 
 
 def weights_prefix(path: str, meta: Mapping[str, Any], use_ema: bool) -> str:
@@ -52,7 +56,7 @@ def weights_prefix(path: str, meta: Mapping[str, Any], use_ema: bool) -> str:
     return "ema." if use_ema else "model."
 
 
-def check_state(
+def _check_state(
     path: str, saved: Mapping[str, Mapping[str, Any]], optimizer: OptimizerConfig, training: TrainingConfig
 ) -> None:
     """Raise CheckpointError where the run that saved checkpoint `path`, with config `saved`, had another optimiser, or
