@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, gpu, resume
+from benchmarks import attention, gpu, optimizer, resume
 from benchmarks.step_overhead import Seconds
 from benchmarks.throughput.floors import HEAD_CHUNK, Gemms
 from benchmarks.throughput.measure import Times, in_processes, run_case
@@ -139,6 +139,17 @@ def test_the_program_for_a_gpu_runs_on_a_tiny_shape() -> None:
             assert len(runs[0].seconds) == 2
             assert 1 < runs[0].attended < 64
             assert gpu.line(entry, runs, 1e12).count("|") == 9
+
+
+def test_muon_is_measured_beside_adamw() -> None:
+    case = Case(64, 20, model=optimizer.TINY, processes=2)
+    found = in_processes(case, optimizer.measure, (2, 2))
+    for steps in (found["adamw"], found["muon"]):
+        assert len(steps) == 2
+        assert all(0 < step.update < step.whole for step in steps)
+    assert optimizer.report(case, found, 99, "command", judged=True).count("\n| ") == 3
+    slow = {"adamw": [optimizer.Step(1.0, 0.1)] * 3, "muon": [optimizer.Step(1.2, 0.3)] * 3}
+    assert optimizer.bound_of(slow).missed
 
 
 def test_a_stream_goes_on_at_a_far_document_with_a_small_state() -> None:
