@@ -1,6 +1,7 @@
 """Learning rate, decay groups and the guard, against hand-computed numbers and plain torch.optim."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ from titanlite.optim import NonFiniteGuard, build_optimizer, learning_rate
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        (LrSchedulerConfig(warmup_steps=4), {1: 0.25, 4: 1.0, 7: 0.5, 10: 0.0}),  # cosine: half way at step 7
-        (LrSchedulerConfig(warmup_steps=4, lr_min=0.1), {4: 1.0, 7: 0.55, 10: 0.1}),
-        (LrSchedulerConfig(warmup_steps=5, decay_type="linear"), {2: 0.4, 5: 1.0, 6: 0.8, 10: 0.0}),
-        (LrSchedulerConfig(warmup_steps=2, decay_type="linear", decay_ratio=0.4), {2: 1.0, 6: 1.0, 7: 0.75, 10: 0.0}),
-        (LrSchedulerConfig(decay_type="sqrt", decay_ratio=0.4), {1: 1.0, 6: 1.0, 7: 0.5, 10: 0.0}),
+        (LrSchedulerConfig(warmup_steps=4), {1: 0.25, 4: 1.0, 5: 1.0, 8: 0.5, 11: 0.0}),  # cosine: half way at step 8
+        (LrSchedulerConfig(warmup_steps=4, lr_min=0.1), {4: 1.0, 8: 0.55, 11: 0.1}),
+        (LrSchedulerConfig(warmup_steps=5, decay_type="linear"), {2: 0.4, 5: 1.0, 6: 1.0, 7: 0.8, 10: 0.2}),
+        (LrSchedulerConfig(warmup_steps=2, decay_type="linear", decay_ratio=0.4), {2: 1.0, 7: 1.0, 8: 0.75, 10: 0.25}),
+        (LrSchedulerConfig(decay_type="sqrt", decay_ratio=0.4), {1: 1.0, 7: 1.0, 8: 0.5, 11: 0.0}),
         (LrSchedulerConfig(warmup_steps=2, decay_ratio=0.0), {1: 0.5, 2: 1.0, 10: 1.0}),
         (LrSchedulerConfig(warmup_steps=10, decay_type="linear"), {5: 0.5, 10: 1.0}),  # no steps are left to decay
     ],
@@ -25,6 +26,14 @@ from titanlite.optim import NonFiniteGuard, build_optimizer, learning_rate
 def test_learning_rate_by_hand(schedule: LrSchedulerConfig, expected: dict[int, float]) -> None:
     for step, share in expected.items():
         assert math.isclose(learning_rate(step, 10, 0.02, schedule), 0.02 * share, abs_tol=1e-15), step
+
+
+@pytest.mark.parametrize("decay_type", ["cosine", "linear", "sqrt"])
+def test_no_step_has_the_rate_zero(decay_type: Any) -> None:
+    """Not even the last one, or the only one: its batch would have been read for nothing."""
+    schedule = LrSchedulerConfig(decay_type=decay_type)
+    assert learning_rate(1, 1, 0.02, schedule) == 0.02
+    assert 0 < learning_rate(10, 10, 0.02, schedule) < learning_rate(9, 10, 0.02, schedule)
 
 
 def test_matrices_are_decayed_and_vectors_are_not() -> None:

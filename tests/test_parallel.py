@@ -96,7 +96,7 @@ def reference(model_config: ModelConfig = MODEL, name: str = "adamw") -> Results
         losses.append(loss.item())
         if step == 1:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        lr = 1e-2 * (1 + math.cos(math.pi * step / STEPS)) / 2
+        lr = 1e-2 * (1 + math.cos(math.pi * (step - 1) / STEPS)) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr
         muon.step(lr)

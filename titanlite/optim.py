@@ -45,12 +45,13 @@ def build_optimizer(
 def learning_rate(step: int, steps: int, peak: float, config: LrSchedulerConfig) -> float:
     """Rate of optimiser step `step` (1-based) of `steps`: linear warm-up, stable part, decay to peak * lr_min.
 
-    The last decay step has the minimum. Warmup-stable-decay (arXiv:2404.06395) is decay_ratio < 1.
+    The first step of the decay has the peak, and the minimum is reached behind the last one: a step whose rate were 0
+    would read a batch for nothing. Warmup-stable-decay (arXiv:2404.06395) is decay_ratio < 1.
     """
     if step <= config.warmup_steps:
         return peak * step / config.warmup_steps
     decay_steps = min(round(config.decay_ratio * steps), steps - config.warmup_steps)
-    progress = max(0.0, (step - (steps - decay_steps)) / decay_steps) if decay_steps else 0.0
+    progress = max(0.0, (step - 1 - (steps - decay_steps)) / decay_steps) if decay_steps else 0.0
     progress = min(progress, 1.0)
     if config.decay_type == "cosine":
         share = 0.5 * (1 + math.cos(math.pi * progress))
