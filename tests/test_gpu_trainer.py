@@ -51,9 +51,10 @@ def test_bfloat16_flex_learns_as_float32_dense_attention_does(
     assert metrics(folder)[0]["peak_memory_gib"] > 0
 
 
+@pytest.mark.parametrize("overrides", [{}, {"optimizer__name": "muon", "training__ema_decay": 0.9}], ids=str)
 @pytest.mark.filterwarnings("default")
-def test_resume_is_exact_with_deterministic_algorithms(tmp_path: Path) -> None:
-    settings = {"training__deterministic": True, "lr_scheduler__decay_ratio": 0.0, "compile__enable": True}
+def test_resume_is_exact_with_deterministic_algorithms(overrides: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"training__deterministic": True, "lr_scheduler__decay_ratio": 0.0, "compile__enable": True, **overrides}
     whole = run(tmp_path / "whole", **settings)
     run(tmp_path / "parts", **settings, training__steps=4)
     parts = run(tmp_path / "parts", **settings)

@@ -106,6 +106,21 @@ def test_layouts_agree(layout: str, config_file: Path) -> None:
     assert behind == [("validation", "set"), ("validation", "loss"), *tokens]
 
 
+def test_the_average_of_the_weights_is_compared(config_file: Path) -> None:
+    """Two runs whose weights are the same, and whose averages are not."""
+    one, other = (run(f"{layout}+training.ema_decay=0.{n}", config_file) for layout, n in (("1x1", 9), ("2x1", 8)))
+    beyond = [d for d in compare(one, other, BOUND) if d.size > BOUND]
+    assert [d.what.startswith("weight ema.") for d in beyond] == 2 * 21 * [True]
+
+
+@pytest.mark.slow
+def test_muon_and_an_average_on_five_layouts(config_file: Path) -> None:
+    keys = ("--optimizer.name=muon", "--training.ema_decay=0.9", "--model.attention_bias=true")
+    layouts = ("--layouts", "1x1,2x1,1x2+compile=aot_eager,2x2+ac=full+accumulate=2,hsdp2x2", "--steps", "3")
+    done = verb(config_file, config_file.parent, *keys, *layouts)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def naively(config: Config) -> tuple[EndRecord, float, np.ndarray]:
     """What is recorded of the last weights, and the same row by row through the trained model, without a cache."""
     naive: list[Any] = []
