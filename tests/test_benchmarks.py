@@ -1,22 +1,27 @@
 """Benchmarks measure what they say: the same work on all sides, floors that are floors, bounds that can be missed."""
 
+import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import attention, gpu, optimizer, resume
+from benchmarks import attention, gpu, learning, optimizer, resume
 from benchmarks.step_overhead import Seconds
 from benchmarks.throughput.floors import HEAD_CHUNK, Gemms
 from benchmarks.throughput.measure import Times, in_processes, run_case
 from benchmarks.throughput.report import Bound, Results, bounds, report
 from benchmarks.throughput.work import EOS, MODEL, Case, document_lengths, rows_of
-from titanlite.config import ModelConfig
+from titanlite.config import ModelConfig, load_config
 from titanlite.model import num_parameters
 from titanlite.model.attention import document_starts
+from titanlite.tokenizer import Tokenizer
 
 TINY = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=48, vocab_size=128)
 
@@ -155,3 +160,55 @@ def test_muon_is_measured_beside_adamw() -> None:
 def test_a_stream_goes_on_at_a_far_document_with_a_small_state() -> None:
     assert resume.first_rows(10**9)[1] <= resume.MOST_BYTES
     assert resume.cursor_at(10**9)["sources"]["synthetic"]["document"] == 10**9  # type: ignore[index]
+
+
+def test_the_orders_that_learning_compares_hold_the_same_tokens(tmp_path: Path) -> None:
+    learning.write_corpora(tmp_path, max_files=40)
+    arguments = ["--job.config_file", str(learning.CONFIG), f"--data.paths={tmp_path}/long.jsonl"]
+    arguments += [f"--data.cache_dir={tmp_path}/cache", "--data.reader=cached", "--training.seq_len=128"]
+    config = load_config(arguments)
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    tokens = learning.tokens_of(config, tokenizer)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "long.jsonl").read_text().splitlines()]
+    assert len(tokens) == sum(len(tokenizer.encode_document(text)) for text in texts)
+    steps = (len(tokens) - 1) // 128 // 8
+    rows = {
+        arm: torch.cat([*islice(learning.rows_of(arm, config, tokenizer), steps)])[:, :-1]
+        for arm in ("in order", "shuffled", "random")
+    }
+    assert torch.equal(rows["in order"].flatten(), tokens[: steps * 8 * 128])
+    whole = {row.numpy().tobytes() for row in tokens[: len(tokens) // 128 * 128].view(-1, 128)}
+    shuffled = [row.numpy().tobytes() for row in rows["shuffled"]]
+    assert set(shuffled) <= whole
+    assert len(shuffled) == steps * 8
+    assert not torch.equal(rows["shuffled"], rows["in order"])
+    assert not {row.numpy().tobytes() for row in rows["random"]} <= whole  # from anywhere
+    held = [json.loads(line)["text"] for line in (tmp_path / "held long.jsonl").read_text().splitlines()]
+    assert held
+    assert not {*held} & {*texts}
+
+
+def test_what_learning_concludes_follows_from_the_losses() -> None:
+    losses = {"titanlite": [4.0, 4.1], "random": [4.0, 4.05], "shuffled": [4.0, 4.0], "in order": [5.0, 5.0]}
+    results = [
+        {"run": {"part": "order", "corpus": "long", "arm": arm}, "curve": [[0, 9.0, 0.0], [10, loss, 1.0]]}
+        for arm, both in losses.items()
+        for loss in both
+    ]
+    table, met = learning.order_table(results)
+    assert met
+    assert "| +0.025 (bound +0.03: met) | +0.050 (bound +0.05: met) |" in table
+    results[0]["curve"][-1][1] += 0.02
+    table, met = learning.order_table(results)
+    assert not met
+    assert "| +0.035 (bound +0.03: missed) | +0.060 (bound +0.05: missed) |" in table
+
+
+@pytest.mark.slow
+def test_learning_runs_in_short(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.learning", "--quick", "--results", str(tmp_path / "results.jsonl")]
+    first = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert first.returncode in (0, 1), first.stderr  # four steps conclude nothing
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "4 of 4" in first.stdout
+    assert "4 of 4" not in again.stdout  # all are kept

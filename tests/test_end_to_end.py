@@ -43,7 +43,9 @@ def test_a_run_leaves_what_the_readme_says(uninterrupted: Path) -> None:
     folder = uninterrupted / "run"
     rows = metrics(folder)
     assert [row["step"] for row in rows] == list(range(1, 9))
-    keys = "step loss grad_norm lr tokens tokens_per_second tokens_per_second_per_device mfu data_wait_fraction"
+    keys = (
+        "step loss mean_loss grad_norm lr tokens tokens_per_second tokens_per_second_per_device mfu data_wait_fraction"
+    )
     assert " ".join(rows[0]) == f"{keys} step_time_seconds peak_memory_gib batch_fingerprint"
     assert rows[-1]["loss"] < rows[0]["loss"] - 1
     assert rows[0]["mfu"] is None
@@ -61,6 +63,19 @@ def test_a_run_leaves_what_the_readme_says(uninterrupted: Path) -> None:
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
     names = set(FileSystemReader(folder / LAST).read_metadata().state_dict_metadata)
     assert {"model.layers.1.attention.wq.weight", "optimizer.exp_avg.tok_embeddings.weight"} <= names
+
+
+def test_the_mean_loss_is_that_of_the_last_ten_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, training__steps=13, metrics__log_freq=2)
+    assert main(["--job.config_file", str(config), "--metrics.log_freq=1"]) == 0
+    rows = metrics(tmp_path / "run")
+    losses = [row["loss"] for row in rows]
+    means = [sum(losses[max(0, k - 9) : k + 1]) / min(k + 1, 10) for k in range(13)]
+    assert [row["mean_loss"] for row in rows] == pytest.approx(means, rel=1e-6)
+    assert f"final loss   {losses[-1]:.4f}, mean of the last 10 steps {means[-1]:.4f}" in capsys.readouterr().err
+    # Steps that are not logged count too.
+    assert main(["--job.config_file", str(config), "--job.dump_folder", str(tmp_path / "other")]) == 0
+    assert metrics(tmp_path / "other")[-1]["mean_loss"] == pytest.approx(means[-1], rel=1e-6)
 
 
 def test_finished_run_says_so(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +161,7 @@ def other_corpus(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda folder: ["--training.seq_len=128"], ["training.seq_len was 64 and is 128"]),
+        (lambda folder: ["--training.seq_len=32"], ["training.seq_len was 64 and is 32"]),
         (lambda folder: ["--training.seed=1"], ["training.seed was 0 and is 1"]),
         (other_tokenizer, ["the tokenizer's fingerprint was"]),
         (other_corpus, ["07.txt"]),

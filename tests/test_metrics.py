@@ -29,6 +29,7 @@ from titanlite.report import summary
 KEYS = [
     "step",
     "loss",
+    "mean_loss",
     "grad_norm",
     "lr",
     "tokens",
@@ -44,6 +45,7 @@ KEYS = [
 METRICS = StepMetrics(
     step=10,
     loss=6.12345,
+    mean_loss=6.25,
     grad_norm=1.2341,
     lr=3e-4,
     tokens=123_450,
@@ -219,11 +221,11 @@ def test_without_tensorboard_there_is_no_folder(tmp_path: Path) -> None:
 def test_console_lines_are_aligned() -> None:
     line = console_line(METRICS, 100)
     assert line == (
-        "step  10/100  loss  6.1235  grad_norm    1.234  lr 3.00e-04      12,345 tok/s  mfu 41.2%  wait  0.3%"
-        "  mem   1.23 GiB  batch 0123456789abcdef"
+        "step  10/100  loss  6.1235  mean  6.2500  grad_norm    1.234  lr 3.00e-04      12,345 tok/s  mfu 41.2%"
+        "  wait  0.3%  mem   1.23 GiB  batch 0123456789abcdef"
     )
     other = replace(METRICS, step=100, loss=11.0, grad_norm=1234.5, tokens_per_second=1_234_567, mfu=None)
-    columns = ("loss", "grad_norm", "lr", "tok/s", "mfu", "wait", "mem", "GiB", "batch")
+    columns = ("loss", "mean", "grad_norm", "lr", "tok/s", "mfu", "wait", "mem", "GiB", "batch")
     assert [console_line(other, 100).index(c) for c in columns] == [line.index(c) for c in columns]
 
 
@@ -374,6 +376,7 @@ def summary_of(ledgers: dict[str, dict[str, int]], epochs: dict[str, float]) -> 
         start_step=40,
         step=100,
         loss=2.34567,
+        mean_loss=2.5,
         epochs=epochs,
         wall_seconds=3725.4,
         tokens_per_second=12345.6,
@@ -386,7 +389,7 @@ def summary_of(ledgers: dict[str, dict[str, int]], epochs: dict[str, float]) -> 
 def test_summary_says_what_was_trained_and_where_it_lies() -> None:
     assert summary_of({"data": counts()}, {"data": 1.25}) == [
         "  steps        100 (resumed after step 40)",
-        "  final loss   2.3457",
+        "  final loss   2.3457, mean of the last 10 steps 2.5000",
         "  trained      998,000 target tokens of 1,500 documents, 1.250 epochs",
         "  tokens read  1,000,000 = 998,000 targets + 1,500 document-first + 450 carried + 50 dropped"
         " (the data ended); 3 bad records left out",

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -79,6 +81,22 @@ def test_every_verb_is_there_with_its_help(capsys: pytest.CaptureFixture[str]) -
 
 def tables(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", OURS, re.MULTILINE | re.DOTALL)
+
+
+def test_the_loop_runs_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (example,) = tables("python")
+    *loop, last = example.rstrip().splitlines()
+    assert len(loop) <= 13
+    names: dict[str, Any] = {}
+    exec("\n".join(loop), names)
+    tenth, eleventh = names["batch"], eval(last.split("#")[0], names)
+    assert names["inputs"].shape == names["targets"].shape == (8, 512)
+    assert tenth.row_index.tolist() == list(range(72, 80))
+    assert eleventh.row_index.tolist() == list(range(80, 88))
+    *_, expected = islice(names["loader"], 11)  # iterating anew begins anew
+    assert eleventh.rows.tolist() == expected.rows.tolist()
+    names["loader"].close()
 
 
 def weights_in(toml: str) -> dict[str, float]:

@@ -6,6 +6,7 @@ Nothing here talks to other ranks or reads a device tensor: every number arrives
 TensorBoard tags, over the optimiser step (the names in metrics.jsonl are the same; * is in TensorBoard only):
 
     loss                          nats per target token of the global batch
+    mean_loss                     mean of loss over the last ten steps (of this process): single batches are noisy
     grad_norm                     2-norm of the whole gradient, before clipping
     lr                            learning rate that the step used
     tokens                        target tokens trained since step 0
@@ -55,6 +56,7 @@ class StepMetrics:
 
     step: int
     loss: float
+    mean_loss: float
     grad_norm: float
     lr: float
     tokens: int
@@ -137,8 +139,9 @@ def console_line(metrics: StepMetrics, total_steps: int) -> str:
     mfu = "-" if metrics.mfu is None else f"{metrics.mfu:.1%}"
     return (
         f"step {metrics.step:>{len(str(total_steps))}}/{total_steps}  loss {metrics.loss:7.4f}"
-        f"  grad_norm {metrics.grad_norm:8.3f}  lr {metrics.lr:.2e}  {metrics.tokens_per_second:>10,.0f} tok/s"
-        f"  mfu {mfu:>5}  wait {metrics.data_wait_fraction:>5.1%}  mem {metrics.peak_memory_gib:6.2f} GiB"
+        f"  mean {metrics.mean_loss:7.4f}  grad_norm {metrics.grad_norm:8.3f}  lr {metrics.lr:.2e}"
+        f"  {metrics.tokens_per_second:>10,.0f} tok/s  mfu {mfu:>5}  wait {metrics.data_wait_fraction:>5.1%}"
+        f"  mem {metrics.peak_memory_gib:6.2f} GiB"
         f"  batch {metrics.batch_fingerprint}"
     )
 

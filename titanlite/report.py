@@ -4,6 +4,7 @@ It also reads, at the same moments, whether loss and gradients are finite, becau
 """
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from titanlite.config import Config
 from titanlite.data.loader import Batch
@@ -20,6 +22,8 @@ from titanlite.metrics import RunLog, StepMetrics, Throughput, peak_flops, peak_
 from titanlite.model import flops_per_token
 from titanlite.runtime import RunFailed
 from titanlite.trainer import StepResult, Trainer
+
+_MEAN_STEPS = 10
 
 
 class Report:
@@ -33,6 +37,7 @@ class Report:
         self._start_time = time.perf_counter()
         self._fingerprints: dict[int, str] = {}  # of the steps since the last logged one, to name a bad one
         self._result: StepResult | None = None  # of the last step
+        self._losses: deque[Tensor] = deque(maxlen=_MEAN_STEPS)  # on the device, where nobody waits for them
         self._batch: Batch | None = None
         self._skipped = skipped_before
         self._stack = ExitStack()
@@ -76,6 +81,7 @@ class Report:
         """
         number, config = self._trainer.step, self._config
         self._fingerprints[number], self._result, self._batch = fingerprint, result, batch
+        self._losses.append(result.loss)
         logged = number == 1 or number % config.metrics.log_freq == 0 or number == config.training.steps
         metrics = self._measure(result, fingerprint) if logged else None
         if self._run_log is not None:
@@ -102,6 +108,7 @@ class Report:
         return StepMetrics(
             step=number,
             loss=loss,
+            mean_loss=self._mean_loss(),
             grad_norm=grad_norm,
             lr=result.lr,
             tokens=tokens,
@@ -113,6 +120,10 @@ class Report:
             peak_memory_gib=peak_memory,
             batch_fingerprint=fingerprint,
         )
+
+    def _mean_loss(self) -> float:
+        """Over the last steps. Waits for the device."""
+        return torch.stack(tuple(self._losses)).mean().item()
 
     def check_finite(self) -> int:
         """The number of updates left out so far. Waits for the device; the same on every rank.
@@ -171,6 +182,7 @@ class Report:
             start_step=self._start_step,
             step=self._trainer.step,
             loss=self._result.loss.item(),
+            mean_loss=self._mean_loss(),
             epochs=self._batch.epochs,
             wall_seconds=seconds,
             tokens_per_second=(self._trainer.trained_targets - self._start_tokens) / seconds,
@@ -200,6 +212,7 @@ def summary(
     start_step: int,
     step: int,
     loss: float,
+    mean_loss: float,
     epochs: Mapping[str, float],
     wall_seconds: float,
     tokens_per_second: float,
@@ -216,7 +229,7 @@ def summary(
     row_tokens = total["targets"] + total["document_first"] + total["padding"]
     rows = {
         "steps": f"{step:,}{resumed}",
-        "final loss": f"{loss:.4f}",
+        "final loss": f"{loss:.4f}, mean of the last {_MEAN_STEPS} steps {mean_loss:.4f}",
         "trained": f"{total['targets']:,} target tokens of {total['document_first']:,} documents"
         + (f", {next(iter(epochs.values())):.3f} epochs" if len(epochs) == 1 else ""),
         "tokens read": _ledger_line(total),
