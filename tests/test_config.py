@@ -486,7 +486,7 @@ def test_every_rule(monkeypatch: pytest.MonkeyPatch, arguments: str, world_size:
         ("--model.rope_scaling_factor=8 --model.rope_low_freq_factor=2", None),
         ("--training.on_nonfinite=skip --training.max_skipped_steps=3", None),
         ("--data.on_bad_record=skip --data.max_bad_records=0", None),
-    ("--data.window_tokens=131072 --training.global_batch_size=256", 4),
+        ("--data.window_tokens=131072 --training.global_batch_size=256", 4),
         ("--data.format=text --data.max_epochs=1 --data.packing=best_fit --data.held_out_fraction=0.01", None),
         ("--data.exclude=*/encodings/*", None),
         ("--lr_scheduler.total_steps=200 --lr_scheduler.warmup_steps=120 --lr_scheduler.decay_ratio=0.4", None),

@@ -251,6 +251,18 @@ def test_cursor_of_another_stream_is_refused(tmp_path: Path, change: dict[str, A
         build(data, cursor=cursor, **change)
 
 
+def test_cursor_of_rows_in_another_order_is_refused(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path, list(TEXTS))
+    cursor = batches(data, 1)[0].cursor
+    with pytest.raises(ValueError, match="data.window_tokens was 256 and is 512"):
+        build(replace(data, window_tokens=512), cursor=cursor)
+    old = {key: value for key, value in cursor["stream"].items() if key != "window_tokens"}
+    with pytest.raises(
+        ValueError, match=r"rows were dealt in another order before .*start anew.*checkpoint\.init_from"
+    ):
+        build(data, cursor=cursor | {"stream": old})  # as of a checkpoint from before there were windows
+
+
 def test_other_corpus_or_shuffle_is_refused_and_the_file_named(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path, list(TEXTS))
     made = build(data)

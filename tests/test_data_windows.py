@@ -377,7 +377,8 @@ def test_rows_that_are_dealt_are_forgotten_with_their_window(packing: str) -> No
         for _ in range(200):
             rows.fill(1)
             rows.take(1, 0, 1)
-            held = sum(len(window._ids) for window in rows._windows) + sum(len(chunk.ids) for chunk in rows._open)
+            windows = [ids for window in rows._windows for ids in window._ids.values()]
+            held = sum(map(len, windows)) + sum(len(ids) for chunk in rows._open for ids in chunk.ids)
             assert held < 2 * 4 * 10 + 100
 
 

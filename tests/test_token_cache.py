@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.byte_tokenizer import ByteTokenizer
 from tests.token_caches import cached, everything, read_whole, shard_files, small_shards, source_of, write_jsonl
-from titanlite.data import token_cache
+from titanlite.data import token_cache, windows
 from titanlite.data.files import SourceFile
 from titanlite.data.shards import plan_shards
 from titanlite.data.source import Numbering, Source, SourceError
@@ -65,7 +65,7 @@ def test_cached_documents_equal_streamed_ones(
     (folder / "z.txt").write_bytes(data.draw(st.sampled_from([b"", b"text\r\n", b"\xef\xbb\xbfBOM", b"\xff"])))
     tokenizer = data.draw(st.sampled_from([ByteTokenizer(), ByteTokenizer(bos=False), WideTokenizer()]))
     with small_shards(data.draw(st.sampled_from([30, 200, 5000])), block=64), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_cache, "_SHORT", data.draw(st.sampled_from([0, 20, 10**9])))  # both ways to gather
+        patch.setattr(windows, "_SHORT", data.draw(st.sampled_from([0, 20, 10**9])))  # both ways to gather
         patch.setattr(token_cache, "_MAPPED_SHARDS", data.draw(st.sampled_from([1, 1024])))
         source = source_of(folder, "*.jsonl", "z.txt")
         reader, streamed = cached(source, folder, tokenizer), StreamedReader(source, tokenizer.encode_document)

@@ -212,7 +212,7 @@ class SourceRows:
             ended = not self._read()
         documents = Chunk.join(self._open)
         order = self._dealing.order(first_row, len(laid.layout.edges) - 1)
-        window = Window(documents, self._offset, laid, order, self._packing.seq_len, self._overlap)
+        window = Window(documents, laid, order, self._packing.seq_len, self._overlap)
         if first_row == self.cursor.first_row and self.cursor.dealt:
             self._check_resumed(window)
         self._windows.append(window)

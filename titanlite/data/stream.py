@@ -249,8 +249,8 @@ class Chunk:
     """Counter of the first document."""
     numbers: np.ndarray
     """The documents' numbers in the source, int64 [documents]."""
-    ids: np.ndarray | None
-    """int32 [tokens], document after document; None of a reader on demand."""
+    ids: list[np.ndarray] | None
+    """Arrays of whole documents, one after the other, int32 [tokens of some]; None of a reader on demand."""
     lengths: np.ndarray
     """Tokens of each document, int64 [documents]; 0 for one that is left out."""
     bytes: np.ndarray
@@ -268,7 +268,7 @@ class Chunk:
     def failed(cls, counter: int, error: Exception) -> "Chunk":
         """No documents, and what ended the stream."""
         none, no = np.empty(0, np.int64), np.empty(0, bool)
-        return cls(counter, none, none.astype(np.int32), none, none, no, no, [], error)
+        return cls(counter, none, [], none, none, no, no, [], error)
 
     @classmethod
     def join(cls, chunks: list["Chunk"]) -> "Chunk":
@@ -276,11 +276,11 @@ class Chunk:
         if len(chunks) == 1:
             return chunks[0]
         before = np.cumsum([0, *(len(chunk.lengths) for chunk in chunks)]).tolist()
-        ids = [chunk.ids for chunk in chunks if chunk.ids is not None]
+        ids = None if chunks[0].ids is None else [ids for chunk in chunks for ids in chunk.ids or []]
         return cls(
             chunks[0].counter,
             np.concatenate([chunk.numbers for chunk in chunks]),
-            np.concatenate(ids) if len(ids) == len(chunks) else None,
+            ids,
             np.concatenate([chunk.lengths for chunk in chunks]),
             np.concatenate([chunk.bytes for chunk in chunks]),
             np.concatenate([chunk.bad for chunk in chunks]),
@@ -290,12 +290,18 @@ class Chunk:
         )
 
     def after(self, first: int) -> "Chunk":
-        """The documents from the one at place `first` on, which hold on to nothing of those before."""
-        begin = int(self.lengths[:first].sum())
+        """The documents from the one at place `first` on, which hold on to nothing but an array of those before."""
+        begin, ids = int(self.lengths[:first].sum()), None
+        if self.ids is not None:
+            ends = np.cumsum([len(part) for part in self.ids])
+            kept = int(np.searchsorted(ends, begin, side="right"))
+            ids = self.ids[kept:]
+            if ids:
+                ids[0] = ids[0][begin - int(ends[kept]) :]  # from its end on
         return Chunk(
             self.counter + first,
             self.numbers[first:].copy(),
-            None if self.ids is None else self.ids[begin:].copy(),
+            ids,
             self.lengths[first:].copy(),
             self.bytes[first:].copy(),
             self.bad[first:].copy(),
@@ -332,5 +338,5 @@ def read_chunk(
     bad = np.zeros(num, bool)
     bad[[i for i, _ in read.bad if i < num]] = True
     lengths = read.lengths[:num]
-    ids = None if read.ids is None else read.ids[: int(lengths.sum())]
+    ids = None if read.ids is None else [read.ids[: int(lengths.sum())]]
     return Chunk(counter, documents[:num], ids, lengths, read.bytes[:num], bad, held_out[:num], bad_records, error)

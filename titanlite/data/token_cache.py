@@ -15,12 +15,11 @@ from titanlite.data.index import cache_folder
 from titanlite.data.shards import Portion, Shard, plan_shards
 from titanlite.data.source import Numbering, RecordError, Source, SourceError
 from titanlite.data.stream import Documents
-from titanlite.data.windows import ranges
+from titanlite.data.windows import gather
 
 _OPENING_THREADS = 8  # checksums and the latency of network storage
 _MAPPED_SHARDS = 1024  # at once; the kernel allows a process 65,530 mappings
 _MAPPED_SHARE = 16  # they are at most 1 in so many of the files that the process may open: it may have many sources
-_SHORT = 128  # tokens: documents shorter than this on average are gathered by index, longer ones piece by piece
 
 
 def open_cache(source: Source, fingerprint: str, cache_dir: str) -> "CachedReader | None":
@@ -125,7 +124,7 @@ class CachedReader:
                 end, problem = int(broken[0]), found
         if problem:
             raise SourceError(f"{self.locate(int(documents[end]))}: {problem}")
-        return _gather(shards, which, starts, sizes)
+        return gather(shards, which, starts, sizes)
 
     def _which(self, documents: np.ndarray) -> np.ndarray:
         """The shard of each document, int64 [n]."""
@@ -156,24 +155,6 @@ class CachedReader:
         if shard is None:
             raise _damaged(os.path.join(self._folder, self._portions[s].name))
         return shard
-
-
-def _gather(tokens: dict[int, np.ndarray], which: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """tokens[which[i]][starts[i] : starts[i] + lengths[i]] for all i, one after the other, int32."""
-    total = int(lengths.sum())
-    if not total:
-        return np.empty(0, np.int32)
-    if total >= _SHORT * len(lengths):
-        spans = zip(which.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
-        return np.concatenate([tokens[s][start:end] for s, start, end in spans]).astype(np.int32, copy=False)
-    if len(tokens) == 1:
-        return tokens.popitem()[1].take(ranges(starts, lengths)).astype(np.int32, copy=False)
-    ids = np.empty(total, np.int32)
-    places = np.cumsum(lengths) - lengths
-    for s in tokens:
-        mine = which == s
-        ids[ranges(places[mine], lengths[mine])] = tokens[s][ranges(starts[mine], lengths[mine])]
-    return ids
 
 
 def _damaged(path: str) -> SourceError:

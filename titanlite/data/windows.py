@@ -17,6 +17,7 @@ from titanlite.data.order import splitmix64
 from titanlite.data.stream import Chunk, Ledger, Reader
 
 _GAMMA = 0x9E3779B97F4A7C15
+_SHORT = 128  # tokens: pieces shorter than this on average are gathered by index, longer ones one by one
 _EPOCH_ROWS = 64  # that a window of best fit has when it ends with an epoch: fewer would hold more padding
 _NAMED_RECORDS = 20  # bad records of a window that are kept to be named
 
@@ -262,20 +263,16 @@ class Dealing:
 class Window:
     """A closed window: its documents, its rows, and the order in which they are dealt."""
 
-    def __init__(
-        self, documents: Chunk, offset: int, laid: Laid, order: np.ndarray, seq_len: int, num_counted: int
-    ) -> None:
-        """documents: from the window's first one on, of which the first laid.num_documents are its own. offset: index
-        in the first of them of the window's first token. num_counted: of them, in the ledger with the window before."""
+    def __init__(self, documents: Chunk, laid: Laid, order: np.ndarray, seq_len: int, num_counted: int) -> None:
+        """documents: from the window's first one on, of which the first laid.num_documents are its own. num_counted: of
+        them, in the ledger with the window before."""
         self._layout, self._order, self._seq_len = laid.layout, order, seq_len
         self.counter, self.next = documents.counter, (documents.counter + laid.next_document, laid.next_offset)
         self._numbers = documents.numbers[: laid.num_documents]
-        ends = np.cumsum(documents.lengths[: laid.num_documents])
-        self._begins = ends - documents.lengths[: laid.num_documents] - offset  # of documents, in `ids`
-        end = (
-            int(ends[-1]) if laid.next_document == len(ends) else int(self._begins[-1]) + offset + laid.next_offset + 1
-        )
-        self._ids = None if documents.ids is None else documents.ids[offset:end].copy()
+        lengths = documents.lengths[: laid.num_documents]
+        self._begins = np.cumsum(lengths) - lengths  # of documents, among the tokens from the first one's on
+        self._ids = None if documents.ids is None else dict(enumerate(documents.ids))
+        self._edges = np.cumsum([0, *(len(ids) for ids in documents.ids or [])])[:-1]
         self.num_rows = len(order)
         self._targets = np.add.reduceat(laid.layout.sizes - 1, laid.layout.edges[:-1]) if self.num_rows else order
         self._used = np.add.reduceat(laid.layout.sizes, laid.layout.edges[:-1]) if self.num_rows else order
@@ -302,7 +299,9 @@ class Window:
         if self._ids is None:
             ids = reader.tokens(self._numbers[documents], offsets, sizes)
         else:
-            ids = self._ids[ranges(self._begins[documents] + offsets, sizes)]
+            starts = self._begins[documents] + offsets
+            which = np.searchsorted(self._edges, starts, side="right") - 1
+            ids = gather(self._ids, which, starts - self._edges[which], sizes)
         capacity, used = self._seq_len + 1, self._used[rows]
         tokens = np.full((len(rows), capacity), eos_id, np.int32)
         tokens[np.arange(capacity) < used[:, None]] = ids
@@ -315,6 +314,24 @@ class Window:
             found.counters.append(np.concatenate((self.counter + documents[begin:end], np.full_like(pads, -1))))
             found.offsets.append(np.concatenate((offsets[begin:end], np.zeros_like(pads))))
         return found
+
+
+def gather(tokens: dict[int, np.ndarray], which: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """tokens[which[i]][starts[i] : starts[i] + lengths[i]] for all i, one after the other, int32."""
+    total = int(lengths.sum())
+    if not total:
+        return np.empty(0, np.int32)
+    if total >= _SHORT * len(lengths):
+        spans = zip(which.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
+        return np.concatenate([tokens[s][start:end] for s, start, end in spans]).astype(np.int32, copy=False)
+    if len(tokens) == 1:
+        return next(iter(tokens.values())).take(ranges(starts, lengths)).astype(np.int32, copy=False)
+    ids = np.empty(total, np.int32)
+    places = np.cumsum(lengths) - lengths
+    for s in tokens:
+        mine = which == s
+        ids[ranges(places[mine], lengths[mine])] = tokens[s][ranges(starts[mine], lengths[mine])]
+    return ids
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
