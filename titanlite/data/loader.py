@@ -152,8 +152,8 @@ class Loader(nodes.Loader[Batch]):
         self.opened = opened
         self.corpus = opened.manifest
         """Manifest of the corpus: digest, counts, and the same for each source."""
-        # Also runs at garbage collection and at exit, before Python is torn down under threads that run Rust code.
-        self._finalizer = weakref.finalize(self, root.close)
+        # At garbage collection and at exit, before Python is torn down under threads that run Rust code.
+        weakref.finalize(self, root.close)
 
     @property
     def ended(self) -> EndOfData | None:
@@ -162,7 +162,7 @@ class Loader(nodes.Loader[Batch]):
 
     def close(self) -> None:
         """End all threads, within seconds even where one hangs in a read; the iterator then raises StopIteration."""
-        self._finalizer()
+        self.root.close()
 
 
 def build_loader(
