@@ -30,7 +30,7 @@ from tiktoken.load import load_tiktoken_bpe
 
 from benchmarks.common import circumstances, command_line, publish
 from titanlite.config.sections import DataConfig, SourceConfig
-from titanlite.data.cache_writer import available_cores, write_cache
+from titanlite.data.cache.writer import available_cores, write_cache
 from titanlite.data.corpus import open_corpus, open_rows
 from titanlite.data.files import find_files
 from titanlite.data.source import Source

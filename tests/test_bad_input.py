@@ -188,7 +188,7 @@ LARGE = """
 import sys
 from titanlite.config.sections import DataConfig
 from titanlite.data import corpus
-from titanlite.data.cache_writer import write_cache
+from titanlite.data.cache.writer import write_cache
 from titanlite.data.corpus import open_corpus, open_rows
 from titanlite.tokenizer import Tokenizer
 

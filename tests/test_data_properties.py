@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.byte_tokenizer import ByteTokenizer
 from titanlite.config.sections import DataConfig, SourceConfig
 from titanlite.data import feed, order
-from titanlite.data.cache_writer import write_cache
+from titanlite.data.cache.writer import write_cache
 from titanlite.data.loader import Batch, Loader, build_loader
 from titanlite.data.source import open_source
 

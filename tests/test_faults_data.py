@@ -29,7 +29,7 @@ from tests.tiny_run import NUM_DOCUMENTS, fingerprints, text, write_config
 from titanlite.config import load_config
 from titanlite.config.sections import SourceConfig
 from titanlite.data import feed
-from titanlite.data.cache_writer import write_cache
+from titanlite.data.cache.writer import write_cache
 from titanlite.data.source import Source, open_source
 from titanlite.job import Job
 from titanlite.tokenizer import Tokenizer

@@ -23,12 +23,12 @@ from tests import tiny_run
 from tests.naive_stream import dealt_rows
 from titanlite import show
 from titanlite.config import Config, dump_toml, load_config
+from titanlite.data.cache.reader import CachedReader
 from titanlite.data.corpus import open_corpus, open_rows
 from titanlite.data.feed import EndOfData, StreamSource, in_threads_of, one_by_one
 from titanlite.data.loader import Batch, build_loader
 from titanlite.data.order import DocumentOrder
 from titanlite.data.source import Numbering
-from titanlite.data.token_cache import CachedReader
 from titanlite.inspection import seek as seek_module
 from titanlite.inspection.seek import _jump as jump
 from titanlite.inspection.seek import seek, trained_lengths

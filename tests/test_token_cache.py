@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from tests.byte_tokenizer import ByteTokenizer
 from tests.token_caches import cached, everything, read_whole, shard_files, small_shards, source_of, write_jsonl
-from titanlite.data import token_cache, windows
+from titanlite.data import windows
+from titanlite.data.cache import reader as cache_reader
+from titanlite.data.cache.reader import open_cache
+from titanlite.data.cache.shards import plan_shards
 from titanlite.data.files import SourceFile
-from titanlite.data.shards import plan_shards
 from titanlite.data.source import Numbering, Source, SourceError
 from titanlite.data.stream import Documents, StreamedReader
-from titanlite.data.token_cache import open_cache
 
 
 class WideTokenizer(ByteTokenizer):
@@ -66,7 +67,7 @@ def test_cached_documents_equal_streamed_ones(
     tokenizer = data.draw(st.sampled_from([ByteTokenizer(), ByteTokenizer(bos=False), WideTokenizer()]))
     with small_shards(data.draw(st.sampled_from([30, 200, 5000])), block=64), pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "_SHORT", data.draw(st.sampled_from([0, 20, 10**9])))  # both ways to gather
-        patch.setattr(token_cache, "_MAPPED_SHARDS", data.draw(st.sampled_from([1, 1024])))
+        patch.setattr(cache_reader, "_MAPPED_SHARDS", data.draw(st.sampled_from([1, 1024])))
         source = source_of(folder, "*.jsonl", "z.txt")
         reader, streamed = cached(source, folder, tokenizer), StreamedReader(source, tokenizer.encode_document)
         num_documents = reader.numbering.num_documents
@@ -166,7 +167,7 @@ def test_a_shard_that_vanishes_ends_the_reading(
     five_shards: tuple[Path, Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, source = five_shards
-    monkeypatch.setattr(token_cache, "_MAPPED_SHARDS", 1)
+    monkeypatch.setattr(cache_reader, "_MAPPED_SHARDS", 1)
     reader = cached(source, folder)
     portions = plan_shards(source, ByteTokenizer().fingerprint)
     for gone in (2, 4):

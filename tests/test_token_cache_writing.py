@@ -43,10 +43,10 @@ from tests.token_caches import (
     write_corpus,
     write_jsonl,
 )
-from titanlite.data import cache_job, cache_processes, cache_progress, cache_writer, shard_writer
-from titanlite.data.cache_writer import write_cache
+from titanlite.data.cache import processes, progress, shard_writer, work, writer
+from titanlite.data.cache.shards import Portion, plan_shards
+from titanlite.data.cache.writer import write_cache
 from titanlite.data.index import WritingStopped
-from titanlite.data.shards import Portion, plan_shards
 from titanlite.data.source import SourceError
 from titanlite.tokenizer import Tokenizer
 
@@ -118,8 +118,8 @@ def test_a_shard_that_is_there_once_the_lock_is_had_is_not_written_again(
 
     for path in shard_files(corpus):
         path.unlink()
-    monkeypatch.setattr(cache_job, "shard_lock", late)
-    monkeypatch.setattr(cache_writer, "_estimate", lambda *_: 0.0)
+    monkeypatch.setattr(work, "shard_lock", late)
+    monkeypatch.setattr(writer, "_estimate", lambda *_: 0.0)
     write(corpus, Watched(corpus / "notes"), 0)
     assert notes_of(corpus / "notes") == []
     assert whole(corpus)
@@ -218,7 +218,7 @@ def test_a_killed_worker_is_replaced_by_the_others(corpus: Path) -> None:
 
 
 def test_a_job_without_workers_left_says_so(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_processes, "_work", kill_yourself)
+    monkeypatch.setattr(processes, "_work", kill_yourself)
     with pytest.raises(ValueError, match="ended before it was done") as error:
         write(corpus, ByteTokenizer(), 2)
     assert "\n" not in str(error.value)
@@ -380,7 +380,7 @@ def test_room_is_estimated_before_anything_is_written(corpus: Path, monkeypatch:
     with small_shards(1400):
         source = source_of(corpus, "a.jsonl")
         portions = plan_shards(source, ByteTokenizer().fingerprint)
-        assert 0.7 < cache_writer._estimate(source, ByteTokenizer(), portions) / total < 1.5
+        assert 0.7 < writer._estimate(source, ByteTokenizer(), portions) / total < 1.5
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - total // 2, total // 2))
     with pytest.raises(ValueError, match=r"data\.cache_dir = .*takes about .* GB more.*; name a folder that has room"):
@@ -456,7 +456,7 @@ def test_a_stop_is_heeded_at_once_and_the_next_start_goes_on(corpus: Path, num_p
 
 def test_a_stop_is_heeded_while_nothing_happens(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer that takes ten minutes over a document: no event comes, and the processes have to be ended."""
-    monkeypatch.setattr(cache_writer, "_estimate", lambda *_: 0.0)
+    monkeypatch.setattr(writer, "_estimate", lambda *_: 0.0)
     asked = iter(range(1000))
     with small_shards(1400):
         arguments = source_of(corpus, "a.jsonl"), Watched(corpus / "notes", 600), str(corpus / "cache"), 2, True, 0
@@ -470,7 +470,7 @@ def test_a_stop_is_heeded_while_nothing_happens(corpus: Path, monkeypatch: pytes
 def test_a_file_that_changes_meanwhile_is_no_bad_record(
     corpus: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_writer, "_estimate", lambda *_: 0.0)
+    monkeypatch.setattr(writer, "_estimate", lambda *_: 0.0)
     with small_shards(1400):
         source = source_of(corpus, "a.jsonl")
         content = (corpus / "a.jsonl").read_bytes()
@@ -526,7 +526,7 @@ def test_a_bug_is_told_with_its_place(corpus: Path, num_processes: int) -> None:
 def test_log_lines_show_progress_and_time_left(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache_progress, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
     monkeypatch.setattr(shard_writer, "_REPORT_BYTES", 200)
     write(corpus, ByteTokenizer(), 0)
     lines = [line for line in log.messages if line.startswith("tokenising data: ")]

@@ -19,7 +19,7 @@ from tests.cases import some_quick
 from tests.listed_documents import rows_of
 from titanlite.config import Config, load_config
 from titanlite.config.sections import source_configs
-from titanlite.data.cache_writer import write_cache
+from titanlite.data.cache.writer import write_cache
 from titanlite.data.corpus import open_corpus, open_rows
 from titanlite.data.feed import EndOfData, SourceRows
 from titanlite.data.order import DocumentOrder

@@ -17,11 +17,11 @@ import numpy as np
 
 from tests.byte_tokenizer import ByteTokenizer
 from titanlite.config.sections import SourceConfig
-from titanlite.data import shard_writer, shards
-from titanlite.data.cache_writer import write_cache
+from titanlite.data.cache import shard_writer, shards
+from titanlite.data.cache.reader import CachedReader, open_cache
+from titanlite.data.cache.writer import write_cache
 from titanlite.data.source import Source, SourceError, open_source
 from titanlite.data.stream import Documents
-from titanlite.data.token_cache import CachedReader, open_cache
 
 NUM_DOCUMENTS, NUM_SHARDS = 120, 7
 """Of what `write` makes of `write_corpus`."""

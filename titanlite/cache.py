@@ -8,10 +8,10 @@ import time
 
 from titanlite.config import ConfigError, load_config, take_number
 from titanlite.config.sections import DataConfig, SourceConfig, source_configs
-from titanlite.data.cache_writer import available_cores, write_cache
+from titanlite.data.cache.reader import num_cached_tokens, open_cache
+from titanlite.data.cache.writer import available_cores, write_cache
 from titanlite.data.index import cache_folder
 from titanlite.data.source import open_source
-from titanlite.data.token_cache import num_cached_tokens, open_cache
 from titanlite.log import init_logging, logger
 from titanlite.tokenizer import Tokenizer
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from titanlite.config import Config
-from titanlite.data.cache_writer import available_cores
+from titanlite.data.cache.writer import available_cores
 from titanlite.data.corpus import Corpus, open_corpus
 from titanlite.data.index import WritingStopped
 from titanlite.data.loader import Loader, build_loader

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from titanlite.config import Config, ConfigError, OneLineParser, load_config
-from titanlite.data.cache_writer import available_cores
+from titanlite.data.cache.writer import available_cores
 from titanlite.data.corpus import Corpus, open_corpus, open_rows
 from titanlite.data.feed import EndOfData, ReadAhead, in_threads_of, one_by_one
 from titanlite.data.rows import StepRows

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from titanlite.config.sections import DataConfig, SourceConfig, source_configs
-from titanlite.data.cache_writer import available_cores, write_cache
+from titanlite.data.cache.reader import CachedReader, open_cache
+from titanlite.data.cache.writer import available_cores, write_cache
 from titanlite.data.feed import CHUNK_BYTES, ReadAhead, SourceRows, StreamSource, one_by_one
 from titanlite.data.files import shown
 from titanlite.data.mixture import Deck
@@ -21,7 +22,6 @@ from titanlite.data.order import DocumentOrder, HeldOut
 from titanlite.data.rows import RowStream
 from titanlite.data.source import Source, manifest_changes, open_source
 from titanlite.data.stream import DocumentEncoder, Reader, SourceCursor, StreamedReader
-from titanlite.data.token_cache import CachedReader, open_cache
 from titanlite.data.windows import BestFit, Dealing, Packing, Split
 from titanlite.log import logger
 

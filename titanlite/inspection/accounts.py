@@ -18,12 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from titanlite.config import Config
-from titanlite.data.cache_writer import available_cores
+from titanlite.data.cache.reader import CachedReader
+from titanlite.data.cache.writer import available_cores
 from titanlite.data.corpus import Corpus, open_corpus, open_rows, window_rows
 from titanlite.data.feed import EndOfData, in_threads_of
 from titanlite.data.rows import total
 from titanlite.data.stream import Ledger, SourceCursor
-from titanlite.data.token_cache import CachedReader
 from titanlite.data.windows import Dealing
 from titanlite.inspection.census import Census, take_census
 from titanlite.inspection.proof import ProvenStep, Prover

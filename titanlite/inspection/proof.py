@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from titanlite.config.sections import DataConfig
+from titanlite.data.cache.reader import CachedReader, open_cache
 from titanlite.data.corpus import Corpus, open_rows, window_rows
 from titanlite.data.feed import in_threads_of
 from titanlite.data.rows import StepRows
 from titanlite.data.stream import DocumentEncoder, SourceCursor, encode_or_raise
-from titanlite.data.token_cache import CachedReader, open_cache
 from titanlite.data.windows import Dealing, fingerprint_part, row_digest
 from titanlite.inspection.census import Census
 from titanlite.inspection.seek import seek

@@ -13,10 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from titanlite.config.sections import DataConfig
+from titanlite.data.cache.reader import CachedReader
 from titanlite.data.corpus import Corpus, open_rows, window_rows
 from titanlite.data.feed import EndOfData, ReadAhead, StreamSource, one_by_one
 from titanlite.data.stream import Reader, SourceCursor
-from titanlite.data.token_cache import CachedReader
 from titanlite.log import logger
 
 _BLOCK = 4096  # documents; where the order has no blocks of its own

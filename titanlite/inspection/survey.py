@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from titanlite.data.cache.reader import CachedReader
 from titanlite.data.feed import StreamSource
 from titanlite.data.order import permute
-from titanlite.data.token_cache import CachedReader
 from titanlite.data.windows import BestFit, Packing, Split
 from titanlite.inspection.seek import trained_lengths
 

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 from titanlite.config import Config, resolve_degrees
 from titanlite.config.sections import ActivationCheckpointConfig
-from titanlite.data.cache_writer import WritingStopped
+from titanlite.data.cache.writer import WritingStopped
 from titanlite.data.corpus import open_corpus
 from titanlite.model import flops_per_token, num_parameters
 from titanlite.planning.extension import SHALLOW, footprint

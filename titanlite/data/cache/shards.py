@@ -1,7 +1,7 @@
 """Shards, the files of the token cache: how a source is cut into them, their names and their format.
 
 A name is made of content, tokenizer and policy, never of time stamps: a copied corpus finds its shards, and a stale one
-is never found. Refuses to know how shards are written safely (cache_writer.py) and read as documents (token_cache.py).
+is never found. Refuses to know how shards are written safely (shard_writer.py) and read as documents (reader.py).
 
 A shard file: header, tokens, a table (per document and one more: tokens and text bytes before it), the number of
 documents of each file, a checksum per block of tokens, and the bad records as lines of JSON [document, reason]. The

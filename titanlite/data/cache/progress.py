@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from titanlite.data.shards import Portion
+from titanlite.data.cache.shards import Portion
 from titanlite.log import logger
 
 _LOG_SECONDS = 10.0

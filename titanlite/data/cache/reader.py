@@ -1,7 +1,7 @@
 """The token cache as a reader: a source's documents from memory-mapped shards, tokenised once for any number of jobs.
 
 Owns the gathering of documents and what a damaged shard does to a run: it ends it, with the file's name. Refuses to
-write (cache_writer.py) and to know the files' format (shards.py).
+write (writer.py) and to know the files' format (shards.py).
 """
 
 import functools
@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from titanlite.data.cache.shards import Portion, Shard, plan_shards
 from titanlite.data.files import max_open_files
 from titanlite.data.index import cache_folder
-from titanlite.data.shards import Portion, Shard, plan_shards
 from titanlite.data.source import Numbering, RecordError, Source, SourceError
 from titanlite.data.stream import Documents
 from titanlite.data.windows import gather

@@ -17,8 +17,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from titanlite.data.cache_job import Job
-from titanlite.data.cache_progress import Event
+from titanlite.data.cache.progress import Event
+from titanlite.data.cache.work import Job
 from titanlite.data.source import SourceError
 from titanlite.log import logger
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titanlite.data.cache_progress import Event
+from titanlite.data.cache.progress import Event
+from titanlite.data.cache.shard_writer import Tokenised, shard_lock, write_shard
+from titanlite.data.cache.shards import Portion, Shard
 from titanlite.data.feed import too_many_bad_records
 from titanlite.data.files import shown
 from titanlite.data.index import cache_folder, stamp
-from titanlite.data.shard_writer import Tokenised, shard_lock, write_shard
-from titanlite.data.shards import Portion, Shard
 from titanlite.data.source import RecordError, Source, SourceError
 from titanlite.data.stream import DocumentEncoder, encode_or_raise, num_text_bytes
 
