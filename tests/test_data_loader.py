@@ -414,7 +414,7 @@ def test_too_many_bad_records_stop_the_run_before_all_of_them_are_read(
     data = replace(write_jsonl(tmp_path, ["a", *[BAD] * 5000]), shuffle=False, packing=packing)
     read: list[int] = []
     read_one = Source.read
-    monkeypatch.setattr(Source, "read", lambda self, document: read.append(document) or read_one(self, document))
+    monkeypatch.setattr(Source, "read", lambda self, document, **how: read.append(document) or read_one(self, document))
     made = build(replace(data, on_bad_record="skip", max_bad_records=10))
     steps = iter(made)
     read.clear()  # of the estimate
@@ -643,7 +643,7 @@ def test_a_read_that_hangs_keeps_nobody_from_closing(tmp_path: Path, monkeypatch
     hangs, goes_on = threading.Event(), threading.Event()
     read = Source.read
 
-    def hang(self: Source, document: int) -> str:
+    def hang(self: Source, document: int, check: bool = True) -> str:
         if document == 40:
             hangs.set()
             goes_on.wait(60)

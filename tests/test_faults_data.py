@@ -227,7 +227,7 @@ def train_with_broken_thread(config: Path, how: str) -> tuple[int, str, float]:
     read, calls = Source.read, iter(range(1000))
     raised = {"no memory": MemoryError(), "panic": Panic("called `Result::unwrap()` on an `Err` value")}
 
-    def broken(source: Source, document: int) -> str:
+    def broken(source: Source, document: int, check: bool = True) -> str:
         if threading.current_thread() is threading.main_thread() or next(calls) < 5:
             return read(source, document)
         raise raised.get(how, SystemExit(3))  # threads end by the latter without a word

@@ -93,10 +93,11 @@ class Parquet(OpenFile):
     def sizes(self, records: np.ndarray) -> np.ndarray:
         return self._row_bytes[np.searchsorted(self._first, records, side="right") - 1]
 
-    def read(self, record: int) -> memoryview | None:
+    def read(self, record: int, check: bool) -> memoryview | None:
         group = int(np.searchsorted(self._first, record, side="right")) - 1
         column = self._row_groups.get((self.file.path, group), self._decoding, lambda: self._decode(group))
-        self.check()
+        if check:
+            self.check()
         return self._content(column, record - int(self._first[group]), group)
 
     def stream(self) -> Iterator[memoryview | None]:

@@ -122,19 +122,37 @@ class Source:
         self._has_records = np.array([file.kind in ("jsonl", "parquet") for file in files], bool)
         self._stop = lambda: False  # the rest of a run ends with a step, also where an index is built anew
 
-    def read(self, document: int) -> str:
-        """The document's text, by random access. Raises RecordError for bytes that hold none, else SourceError."""
+    def read(self, document: int, check: bool = True) -> str:
+        """The document's text, by random access. Raises RecordError for bytes that hold none, else SourceError.
+
+        check: whether the file is still what it was. Who reads many documents asks `unchanged` after the last of them.
+        """
         assert self.numbering is not None
         f, record = self.numbering.place(document)
         file = self.files[f]
         try:
-            raw = self._open(f).read(record) if self._has_records[f] else read_text(file)
+            raw = self._open(f).read(record, check) if self._has_records[f] else read_text(file)
         except (OSError, ValueError) as error:
             raise SourceError(f"{self.locate(f, record)}: {_unreadable(error)}") from error
         text = self._decode(raw, f, record)
         if isinstance(text, RecordError):
             raise text
         return text
+
+    def unchanged(self, documents: np.ndarray) -> tuple[int, SourceError | None]:
+        """How many of the documents, which were read just now, lie before the first of a file that has changed since
+        the start, and the error that says so."""
+        assert self.numbering is not None
+        files, records = self.numbering.places(documents)
+        changed: tuple[int, SourceError | None] = len(documents), None
+        for f, first in zip(*np.unique(files, return_index=True), strict=True):
+            if self._has_records[f] and first < changed[0]:
+                try:
+                    self._open(int(f)).check()
+                except OSError as error:
+                    place = self.locate(int(f), int(records[first]))
+                    changed = int(first), SourceError(f"{place}: {_unreadable(error)}")
+        return changed
 
     def records(self, file: int) -> Iterator[str | RecordError]:
         """Every record of a file (its index) in order, of any kind, in the memory of one record and one row group.

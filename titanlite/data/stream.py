@@ -198,7 +198,7 @@ class StreamedReader:
                 length = size = 0
                 if kept:
                     try:
-                        text = self._source.read(document)
+                        text = self._source.read(document, check=False)
                         ids.append(self._encode(text, document))
                         length, size = len(ids[-1]), num_text_bytes(text)
                     except RecordError as broken:  # a copy: its traceback and its cause hold what was read
@@ -209,7 +209,15 @@ class StreamedReader:
             raise
         except BaseException as failure:
             error = located(failure, self.locate(document))
-        return Documents(np.concatenate(ids), np.array(lengths, np.int64), np.array(sizes, np.int64), bad, error)
+        read = np.flatnonzero(keep[: len(lengths)])
+        num, changed = self._source.unchanged(documents[read])
+        if changed is not None:  # what was read of it may be anything, also a bad record
+            error, end = changed, int(read[num])
+            lengths, sizes, bad = lengths[:end], sizes[:end], [record for record in bad if record[0] < end]
+        num_tokens = sum(lengths)
+        return Documents(
+            np.concatenate(ids)[:num_tokens], np.array(lengths, np.int64), np.array(sizes, np.int64), bad, error
+        )
 
     def _encode(self, text: str, document: int) -> np.ndarray:
         return encode_or_raise(self._encode_document, text, lambda: self.locate(document))
