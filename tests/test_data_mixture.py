@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.loaders import batches, build
-from tests.naive_stream import dealt_rows
+from tests.naive_stream import dealt_rows, splitmix64
 from titanlite.config.sections import DataConfig, SourceConfig
 from titanlite.data import feed
 from titanlite.data.mixture import Deck
@@ -83,17 +83,9 @@ def test_dealers_are_those_that_checkpoints_rely_on() -> None:
 
 def golden_dealers(counts: list[int], seed: int, deck: int) -> list[int]:
     """The order of a deck in plain Python: rows sorted by ((n << 32) + start) // count."""
-    mask = 2**64 - 1
-
-    def mix(x: int) -> int:
-        z = (x + 0x9E3779B97F4A7C15) & mask
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        return z ^ (z >> 31)
-
     places = []
     for s, count in enumerate(counts):
-        start = mix(mix(mix(seed) ^ deck) ^ mix(s)) >> 32
+        start = splitmix64(splitmix64(splitmix64(seed) ^ deck) ^ splitmix64(s)) >> 32
         places += [(((n << 32) + start) // count, s) for n in range(count)]
     return [s for _, s in sorted(places)]
 

@@ -12,18 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.byte_tokenizer import ByteTokenizer
+from tests.naive_stream import MASK
+from tests.naive_stream import splitmix64 as splitmix64_in_integers
 from titanlite.data.order import DocumentOrder, HeldOut, permute, splitmix64
 from titanlite.data.source import Numbering, RecordError, SourceError
 from titanlite.data.stream import Chunk, Ledger, SourceCursor, StreamedReader, read_chunk
-
-MASK = (1 << 64) - 1
-
-
-def splitmix64_in_python(x: int) -> int:
-    z = (x + 0x9E3779B97F4A7C15) & MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-    return z ^ (z >> 31)
 
 
 def documents_in_python(num_documents: int, seed: int, block: int, counter: int) -> int:
@@ -34,17 +27,17 @@ def documents_in_python(num_documents: int, seed: int, block: int, counter: int)
         while True:
             left, right = x >> half, x % (1 << half)
             for r in range(6):
-                left, right = right, left ^ (splitmix64_in_python(key ^ right ^ (r << 56)) % (1 << half))
+                left, right = right, left ^ (splitmix64_in_integers(key ^ right ^ (r << 56)) % (1 << half))
             x = (left << half) + right
             if x < size:
                 return x
 
     epoch, place = divmod(counter, num_documents)
-    key = splitmix64_in_python(splitmix64_in_python(seed % (1 << 64)) ^ epoch)
+    key = splitmix64_in_integers(splitmix64_in_integers(seed % (1 << 64)) ^ epoch)
     blocks = [range(first, min(first + block, num_documents)) for first in range(0, num_documents, block)]
     for b in (image(slot, len(blocks), key) for slot in range(len(blocks))):
         if place < len(blocks[b]):
-            return blocks[b][image(place, len(blocks[b]), splitmix64_in_python(splitmix64_in_python(key) ^ b))]
+            return blocks[b][image(place, len(blocks[b]), splitmix64_in_integers(splitmix64_in_integers(key) ^ b))]
         place -= len(blocks[b])
     raise AssertionError
 
@@ -60,7 +53,7 @@ def test_splitmix64_gives_the_published_numbers() -> None:
 
 @given(st.lists(st.integers(0, MASK), min_size=1))
 def test_splitmix64_equals_python_integers(values: list[int]) -> None:
-    assert splitmix64(np.array(values, np.uint64)).tolist() == [splitmix64_in_python(x) for x in values]
+    assert splitmix64(np.array(values, np.uint64)).tolist() == [splitmix64_in_integers(x) for x in values]
 
 
 @given(st.integers(1, 3000), st.integers(0, MASK))
@@ -272,7 +265,7 @@ def test_held_out_split_depends_on_the_document_alone() -> None:
     # blake2b-64 of source and file name, mixed with the record number: computed a second time, in plain Python.
     def is_out(name: str, record: int) -> bool:
         key = int.from_bytes(hashlib.blake2b(f"web\0{name}".encode(), digest_size=8).digest(), "little")
-        return splitmix64_in_python(key ^ splitmix64_in_python(record)) < int(0.3 * 2**64)
+        return splitmix64_in_integers(key ^ splitmix64_in_integers(record)) < int(0.3 * 2**64)
 
     for names in (["a", "b"], ["b", "new", "a"]):  # other files and another order move no document
         split = HeldOut("web", names, 0.3)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tests.gloo import ranks
 from tests.make_tokenizers import single_bytes, write_tokenizer
+from tests.naive_stream import MASK, splitmix64
 from tests.tiny_run import fingerprints, state_of, text, write_config
 from titanlite.checkpoint import folder as checkpoint_folder
 from titanlite.config import load_config
@@ -77,13 +78,8 @@ def digest(row: Tensor) -> int:
 
 def fingerprint(digests: list[int]) -> str:
     """Of a step with these rows: the definition, in plain Python."""
-    mask, gamma, total = 2**64 - 1, 0x9E3779B97F4A7C15, 0
-    for position, number in enumerate(digests):
-        z = (number + position * gamma + gamma) & mask
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        total += z ^ (z >> 31)
-    return f"{total & mask:016x}"
+    total = sum(splitmix64(number + position * 0x9E3779B97F4A7C15) for position, number in enumerate(digests))
+    return f"{total & MASK:016x}"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def build_optimizer(
 def learning_rate(step: int, steps: int, peak: float, config: LrSchedulerConfig) -> float:
     """Rate of optimiser step `step` (1-based) of `steps`: linear warm-up, stable part, decay to peak * lr_min.
 
-    The first step of the decay has the peak, and the minimum is reached behind the last one: a step whose rate were 0
+    The first step of the decay has the peak, and the minimum is reached after the last one: a step whose rate were 0
     would read a batch for nothing. Warmup-stable-decay (arXiv:2404.06395) is decay_ratio < 1.
     """
     if step <= config.warmup_steps:

@@ -132,7 +132,7 @@ class LrSchedulerConfig:
     """Share of the schedule spent decaying, at the end. 1: decay starts after the warm-up (cosine, linear); less: the
     rate stays at its peak in between (warmup-stable-decay); 0: constant after the warm-up."""
     lr_min: float = 0.0
-    """Rate that the decay comes to behind its last step, as a fraction of optimizer.lr."""
+    """Rate that the decay comes to after its last step, as a fraction of optimizer.lr."""
 
 
 @dataclass(frozen=True)

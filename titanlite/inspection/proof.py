@@ -23,7 +23,15 @@ from titanlite.data.stream import DocumentEncoder, SourceCursor, encode_or_raise
 from titanlite.data.windows import Dealing, fingerprint_part, row_digest
 from titanlite.inspection.census import Census
 from titanlite.inspection.seek import seek
-from titanlite.inspection.tally import Difference, Piece, account_of, check_cursor, first_unequal, pieces_of
+from titanlite.inspection.tally import (
+    Difference,
+    Piece,
+    account_of,
+    check_cursor,
+    first_unequal,
+    pieces_of,
+    splitmix64,
+)
 
 _SEQUENTIAL_BYTES = 1 << 28  # of files without random access that are read again as text
 _MASK = (1 << 64) - 1
@@ -245,10 +253,7 @@ def plain_fingerprint(rows: Iterable[np.ndarray]) -> str:
     total = 0
     for position, row in enumerate(rows):
         digest = hashlib.blake2b(struct.pack(f"<{len(row)}i", *row.tolist()), digest_size=8).digest()
-        x = (int.from_bytes(digest, "little") + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-        total += x ^ (x >> 31)
+        total += splitmix64(int.from_bytes(digest, "little") + position * 0x9E3779B97F4A7C15)
     return f"{total & _MASK:016x}"
 
 
