@@ -269,7 +269,7 @@ def test_other_corpus_or_shuffle_is_refused_and_the_file_named(tmp_path: Path) -
     steps = iter(made)
     cursor = next(steps).cursor
     for shuffle in (replace(data, shuffle=False), replace(data, shuffle_block=5)):
-        with pytest.raises(ValueError, match=r"shuffle_block .*was 4096 and is [05]"):
+        with pytest.raises(ValueError, match=r"shuffle_block .*was 16384 and is [05]"):
             build(shuffle, cursor=cursor)
     write_jsonl(tmp_path, [*TEXTS, "more"])
     with pytest.raises(ValueError, match=r"source data was .*; changed: corpus.jsonl; restore it") as caught:

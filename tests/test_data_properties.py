@@ -116,7 +116,7 @@ def test_rows_do_not_depend_on_ranks_readers_threads_and_restarts(
         window_tokens=window_tokens,
         held_out_fraction=held_out,
         shuffle=block > 0,
-        shuffle_block=block or 4096,
+        shuffle_block=block or 16384,
         num_workers=0,
         prefetch=0,
     )
@@ -170,7 +170,7 @@ def test_every_document_is_read_once_per_epoch(
     row, so that rows come in natural order."""
     folder = tmp_path_factory.mktemp("corpus")
     data = DataConfig(paths=(write(folder, kind, texts),), cache_dir=str(folder / "cache"), num_workers=0, prefetch=0)
-    data = replace(data, shuffle=block > 0, shuffle_block=block or 4096, held_out_fraction=share, window_tokens=1)
+    data = replace(data, shuffle=block > 0, shuffle_block=block or 16384, held_out_fraction=share, window_tokens=1)
     if kind == "gz":
         write_cache(
             open_source("data", SourceConfig(paths=data.paths), data.cache_dir),

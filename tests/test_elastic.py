@@ -390,7 +390,7 @@ REFUSED: list[tuple[Callable[[Path], list[str]], str]] = [
     (option("--training.seed=1"), "training.seed was 0 and is 1"),
     (option("--data.packing=best_fit"), "data.packing was split and is best_fit"),
     (option("--data.held_out_fraction=0.25"), "data.held_out_fraction was 0.0 and is 0.25"),
-    (option("--data.shuffle_block=4"), "data.shuffle_block (0: data.shuffle is off) was 4096 and is 4"),
+    (option("--data.shuffle_block=4"), "data.shuffle_block (0: data.shuffle is off) was 16384 and is 4"),
     (option("--data.sources.web.weight=0.6"), "source web was 2 of 5 rows"),
     (option("--data.sources.web.weight=0"), "source web removed"),
     (other_tokenizer, "the tokenizer's fingerprint was"),

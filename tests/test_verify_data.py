@@ -102,7 +102,7 @@ def number(cell: str) -> int:
 
 VARIANTS: dict[str, list[str]] = {
     "split": [],
-    "natural order": ["--data.shuffle=false", "--data.shuffle_block=4096"],
+    "natural order": ["--data.shuffle=false", "--data.shuffle_block=16384"],
     "best_fit": ["--data.packing=best_fit"],
     "cached": ["--data.reader=cached"],
     "cached, best_fit, held out": ["--data.reader=cached", "--data.packing=best_fit", "--data.held_out_fraction=0.3"],
@@ -489,7 +489,7 @@ def test_documents_behind_the_last_row_of_an_epoch_are_left(tmp_path: Path, caps
     tail = ["{broken", json.dumps({"text": ""}), json.dumps({"text": "a"}), "{broken"]
     (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"text": "long " * 20}), *tail]))
     for packing, first in (("split", 1), ("best_fit", 3)):
-        options = ["--data.shuffle=false", "--data.shuffle_block=4096", f"--data.packing={packing}"]
+        options = ["--data.shuffle=false", "--data.shuffle_block=16384", f"--data.packing={packing}"]
         assert run(path, "--data.on_bad_record=skip", *options) == 0, capsys.readouterr().err
         epoch = [number(cell) for cell in cells(capsys.readouterr().out, "data", 1)[1:]]
         assert (epoch[1], epoch[3]) == (107, first)

@@ -40,8 +40,9 @@ class DataConfig:
     shuffle: bool = True
     """Read documents in a new pseudo-random order in every epoch, and deal the rows of every window in one, pure
     functions of training.seed. false: both in their natural order."""
-    shuffle_block: int = 4096
-    """Documents per shuffle block, in documents: blocks are permuted, then the documents in each block."""
+    shuffle_block: int = 16384
+    """Documents per shuffle block, in documents: blocks are permuted, then the documents in each block. A window's
+    documents come from few blocks, so that larger ones mix better, and smaller ones read what lies together."""
     packing: Literal["split", "best_fit"] = "split"
     """How documents fill rows. split: one after the other, cut where a row ends; no padding. best_fit: a document that
     fits in a row is not cut; what then stays free is padded and not trained."""

@@ -15,7 +15,7 @@ from titanlite.data.files import SourceFile, shown
 from titanlite.data.formats import OpenFile, SectionError, required_module
 
 _RANDOM_ACCESS_BYTES = 64 << 20  # of a row group's column: to read one document, all of it is decoded
-_KEPT_BYTES = 128 << 20  # decoded row groups of a source
+_KEPT_BYTES = 256 << 20  # decoded row groups of a source: a shuffle block of documents of 16 KB
 _BATCH_BYTES = 4 << 20  # decoded at once when read in order
 _SAMPLED_BLOCKS = 1024
 
