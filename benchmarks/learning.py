@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from benchmarks.common import circumstances, command_line, publish
 
 ARMS = ("titanlite", "random", "shuffled", "in order")
 CORPORA = {"long": "files", "short": "paragraphs", "huge": "eight documents"}
-RATES = {"adamw": (1e-3, 2e-3, 3e-3, 6e-3), "muon": (1e-3, 2e-3, 4e-3, 8e-3)}
+RATES = {"adamw": (1e-3, 2e-3, 3e-3, 6e-3), "muon": (4e-3, 8e-3, 1.6e-2, 3.2e-2)}
 WINDOWS = (2**16, 2**18, 2**21)
 TIMED = ("titanlite", "litgpt", "transformers")
 BOUNDS = {"random": 0.03, "shuffled": 0.05}  # nats that titanlite may be above
@@ -292,7 +293,10 @@ def run_all(runs: list[Run], results: Path, folder: Path) -> list[dict[str, Any]
         with results.open("a") as file:
             file.write(json.dumps(result) + "\n")
         told = result.get("left_out") or f"loss {result['curve'][-1][1]:.4f}"
-        print(f"{len(found)} of {len(runs)}  {run.part}  {run.corpus}  {run.arm}  seed {run.seed}  {told}", flush=True)
+        print(
+            f"{sum(r.key in found for r in runs)} of {len(runs)}  {run.part}  {run.corpus}  {run.arm}  seed {run.seed}  {told}",
+            flush=True,
+        )
 
     for timed in (False, True):
         chosen = [run for run in missing if (run.part == "time") == timed]
@@ -396,6 +400,10 @@ def main() -> int:
         run = Run(**values | {"overrides": tuple(values["overrides"])})
         print(json.dumps(train(run, arguments.folder)))
         return 0
+    if arguments.out is not None:  # what it needs is asked for before an hour of work, and not after it
+        if find_spec("matplotlib") is None:
+            parser.error("--out draws a picture too: pip install matplotlib")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpora(folder, 120 if arguments.quick else 10**6)
