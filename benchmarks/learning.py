@@ -293,10 +293,9 @@ def run_all(runs: list[Run], results: Path, folder: Path) -> list[dict[str, Any]
         with results.open("a") as file:
             file.write(json.dumps(result) + "\n")
         told = result.get("left_out") or f"loss {result['curve'][-1][1]:.4f}"
-        print(
-            f"{sum(r.key in found for r in runs)} of {len(runs)}  {run.part}  {run.corpus}  {run.arm}  seed {run.seed}  {told}",
-            flush=True,
-        )
+        done_by_now = sum(r.key in found for r in runs)
+        what = f"{run.part}  {run.corpus}  {run.arm}  seed {run.seed}"
+        print(f"{done_by_now} of {len(runs)}  {what}  {told}", flush=True)
 
     for timed in (False, True):
         chosen = [run for run in missing if (run.part == "time") == timed]

@@ -105,7 +105,7 @@ class OptimizerConfig:
     """adamw: for all parameters. muon: for the matrices of the transformer blocks, whose updates are orthogonalised;
     AdamW for the embedding, the output head, norms and biases."""
     lr: float = 3e-4
-    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, so that one rate fits both."""
+    """Peak learning rate. Muon's updates are scaled to the size of AdamW's, whose rate is where to begin."""
     beta1: float = 0.9
     """Decay rate of the first moment."""
     beta2: float = 0.95
