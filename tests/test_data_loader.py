@@ -26,7 +26,7 @@ from tests.byte_tokenizer import ByteTokenizer
 from tests.loaders import batches, build
 from tests.naive_stream import dealt_rows
 from titanlite import opening
-from titanlite.config.sections import Config, DataConfig
+from titanlite.config.sections import Config, DataConfig, SourceConfig
 from titanlite.data import feed
 from titanlite.data.corpus import open_corpus
 from titanlite.data.loader import Batch
@@ -661,3 +661,47 @@ def test_a_read_that_hangs_keeps_nobody_from_closing(tmp_path: Path, monkeypatch
     with pytest.raises(StopIteration):
         next(steps)
     goes_on.set()
+
+
+class SlowTokenizer(ByteTokenizer):
+    """Takes its time, and counts how many are at it at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.now = self.most = self.calls = 0
+
+    def encode_document(self, text: str) -> np.ndarray:
+        with self.lock:
+            self.now, self.calls = self.now + 1, self.calls + 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.01)
+        with self.lock:
+            self.now -= 1
+        return super().encode_document(text)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_sources_together_tokenise_in_as_many_threads_as_there_are_workers(tmp_path: Path, workers: int) -> None:
+    data = write_jsonl(tmp_path, list(TEXTS))
+    sources = {name: SourceConfig(paths=data.paths) for name in ("a", "b", "c")}
+    data = replace(data, paths=(), sources=sources, num_workers=workers, prefetch=1)
+    tokenizer = SlowTokenizer()
+    made = build(data, tokenizer=tokenizer)
+    tokenizer.most = 0  # of the estimates
+    next(iter(made))
+    made.close()
+    assert tokenizer.most == workers
+
+
+def test_nothing_is_read_for_a_loader_that_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of thousands of documents would be read to its end otherwise, before its thread noticed."""
+    monkeypatch.setattr(feed, "CHUNK_BYTES", 1)
+    data = replace(write_jsonl(tmp_path, ["a"] * 5000), window_tokens=10_000, num_workers=1, prefetch=1)
+    tokenizer = SlowTokenizer()
+    made = build(data, tokenizer=tokenizer)
+    iter(made)
+    made.close()
+    calls = tokenizer.calls
+    time.sleep(0.3)
+    assert tokenizer.calls <= calls + 1  # what a thread was at

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.byte_tokenizer import ByteTokenizer
 from titanlite.config.sections import SourceConfig
 from titanlite.data import source as source_module
 from titanlite.data.source import RecordError, Source, SourceError, manifest_changes
+from titanlite.data.stream import StreamedReader
 
 
 @pytest.fixture
@@ -323,3 +325,20 @@ def test_manifest_of_very_many_files_lists_none(
     assert manifest["files"] is None
     changed = open_source(corpus({"a": "a", "b": "c!"})).manifest()
     assert manifest_changes(manifest, changed)[0].endswith("num_bytes 2 -> 3)")
+
+
+def test_what_was_read_of_a_file_that_had_changed_by_then_is_no_bad_record(tmp_path: Path) -> None:
+    """Documents are read without a look at their files, and these are looked at after the last of them."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name}{k}"}) + "\n" for k in range(4)))
+    config = SourceConfig(paths=(str(tmp_path / "*.jsonl"),))
+    source = source_module.open_source("data", config, str(tmp_path / "cache"))
+    reader, everything = StreamedReader(source, ByteTokenizer().encode_document), np.ones(8, bool)
+    assert reader.read(np.arange(8), everything).error is None
+    path = tmp_path / "b.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'{"text"', b"{broken"))  # as many bytes and lines
+    read = reader.read(np.arange(8), everything)
+    assert isinstance(read.error, SourceError)
+    assert str(read.error) == f"{path}:1: the file has changed since the start of the run"
+    assert (len(read.lengths), len(read.bytes), len(read.ids)) == (4, 4, 4 * 4)  # those of the other file
+    assert read.bad == []
