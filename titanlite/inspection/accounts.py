@@ -228,7 +228,7 @@ def _close(corpus: Corpus, config: Config, eos_id: int, steps: Sequence[ProvenSt
     last = steps[-1]
     places = {name: SourceCursor.from_dict(state) for name, state in last.cursor["sources"].items()}
     ledgers, waiting = {name: place.ledger for name, place in places.items()}, "carried"
-    why = "carried: read, and waiting for the next row"
+    why = "carried: read, and waiting in the window's rows that are not dealt yet"
     if last.number < config.training.steps:
         num_rows = config.training.global_batch_size
         try:
