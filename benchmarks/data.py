@@ -39,6 +39,8 @@ from titanlite.tokenizer import Tokenizer
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tokenizer"
 LONG, SHORT = 2000, 170  # mean characters of a document: about 600 and 50 tokens
 SEQ_LEN, ROWS = 2048, 64
+WINDOW = DataConfig.window_tokens // (ROWS * SEQ_LEN)
+"""Steps whose documents are read together, at the first of them: only whole windows tell what a row costs."""
 BOUNDS = {"index": 0.5, "writing": 0.85, "cached": 25.0, "memory": 1000.0}
 
 
@@ -169,7 +171,7 @@ def measure_streamed(path: Path, cache: Path, rounds: int) -> tuple[list[Cost], 
     next(stream)
     streamed, raw = [], []
     for _ in range(rounds):
-        streamed.append(timed(8 * ROWS * SEQ_LEN, lambda: [next(stream) for _ in range(8)]))
+        streamed.append(timed(WINDOW * ROWS * SEQ_LEN, lambda: [next(stream) for _ in range(WINDOW)]))
         raw.append(timed(num_tokens, lambda: [encoding.encode_ordinary(text) for text in texts]))
     return streamed, raw
 
@@ -242,11 +244,11 @@ def measure(folder: Path, num_bytes: int, rounds: int, num_processes: int) -> Fi
                 raw.append(encode_raw(long, num_processes))
     written = [replace(cost, amount=raw[0].amount) for cost in written]
     write(short, folder / "short", num_processes, tokenizer, 0)
-    steps = max(1, int(raw[0].amount / (ROWS * SEQ_LEN) / 10))
+    steps = max(1, int(raw[0].amount / (ROWS * SEQ_LEN) / 10 / WINDOW)) * WINDOW
     cached = {
         "mean 600 tokens, shuffled": measure_rows(long, cache, "cached", steps, 9),
         "mean 600 tokens, in order": measure_rows(long, cache, "cached", steps, 9, shuffle=False),
-        "mean 50 tokens, shuffled": measure_rows(short, folder / "short", "cached", max(1, steps // 10), 9),
+        "mean 50 tokens, shuffled": measure_rows(short, folder / "short", "cached", WINDOW, 9),
     }
     streamed, raw_alone = measure_streamed(long, cache, max(5, rounds))
     readers = {}

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from benchmarks.common import circumstances, command_line, publish
-from benchmarks.data import ROWS, SEQ_LEN, TOKENIZER, generate, raw_tiktoken, rows, texts_of, write
+from benchmarks.data import ROWS, SEQ_LEN, TOKENIZER, WINDOW, generate, raw_tiktoken, rows, texts_of, write
 from titanlite.config.sections import DataConfig
 from titanlite.data.loader import Loader, build_loader
 from titanlite.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from titanlite.tokenizer import Tokenizer
 CHARS_PER_TOKEN = 3.4  # of the shipped tokenizer on this text
 MEANS = (20, 50, 300, 1000)
 NUM_BYTES = 40_000_000
-STEPS = {"cached": 20, "streamed": 2}
+STEPS = {"cached": 4 * WINDOW, "streamed": WINDOW}
 STEP_TOKENS = ROWS * SEQ_LEN
 WORKERS = (0, 1, 2)
 
