@@ -412,15 +412,20 @@ def test_too_many_bad_records_stop_the_run_before_all_of_them_are_read(
     tmp_path: Path, packing: Literal["split", "best_fit"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = replace(write_jsonl(tmp_path, ["a", *[BAD] * 5000]), shuffle=False, packing=packing)
-    read: list[int] = []
-    read_one = Source.read
-    monkeypatch.setattr(Source, "read", lambda self, document, **how: read.append(document) or read_one(self, document))
+    read: list[str | RecordError] = []
+    texts = Source.texts
+
+    def counted(self: Source, documents: np.ndarray) -> Iterator[str | RecordError]:
+        for text in texts(self, documents):
+            read.append(text)
+            yield text
+
+    monkeypatch.setattr(Source, "texts", counted)
     made = build(replace(data, on_bad_record="skip", max_bad_records=10))
     steps = iter(made)
-    read.clear()  # of the estimate
     with pytest.raises(ValueError, match="more bad records than data.max_bad_records = 10"):
         next(steps)
-    assert len(read) < 500
+    assert 10 < len(read) < 500
 
 
 def test_a_bad_record_that_is_left_out_keeps_nothing_of_it_in_memory(tmp_path: Path) -> None:
@@ -641,17 +646,18 @@ def test_a_loop_ends_with_the_data_and_the_loader_says_why(tmp_path: Path, prefe
 
 def test_a_read_that_hangs_keeps_nobody_from_closing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs, goes_on = threading.Event(), threading.Event()
-    read = Source.read
+    texts = Source.texts
 
-    def hang(self: Source, document: int, check: bool = True) -> str:
-        if document == 40:
-            hangs.set()
-            goes_on.wait(60)
-        return read(self, document)
+    def hang(self: Source, documents: np.ndarray) -> Iterator[str | RecordError]:
+        for document, text in zip(documents, texts(self, documents), strict=True):
+            if document == 40:
+                hangs.set()
+                goes_on.wait(60)
+            yield text
 
     data = replace(write_jsonl(tmp_path, list(TEXTS)), shuffle=False, num_workers=2, prefetch=2)
-    loader = build(data)  # it reads the beginnings of some documents
-    monkeypatch.setattr(Source, "read", hang)
+    loader = build(data)
+    monkeypatch.setattr(Source, "texts", hang)
     steps = iter(loader)
     next(steps)
     assert hangs.wait(20)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -159,10 +160,10 @@ def test_cursor_survives_json() -> None:
 
 
 class Texts:
-    """Documents in a list; an exception in it is raised when it is read."""
+    """Documents in a list; an exception in it that is no bad record is raised when it is read."""
 
     def __init__(self, texts: list[str | BaseException]) -> None:
-        self.texts = texts
+        self.contents = texts
         self.numbering = Numbering([len(texts)])
         self.read_documents: list[int] = []
 
@@ -172,12 +173,13 @@ class Texts:
     def unchanged(self, documents: np.ndarray) -> tuple[int, SourceError | None]:
         return len(documents), None
 
-    def read(self, document: int, check: bool) -> str:
-        self.read_documents.append(document)
-        text = self.texts[document]
-        if isinstance(text, BaseException):
-            raise text
-        return text
+    def texts(self, documents: np.ndarray) -> Iterator[str | RecordError]:
+        for document in documents.tolist():
+            self.read_documents.append(document)
+            text = self.contents[document]
+            if isinstance(text, BaseException) and not isinstance(text, RecordError):
+                raise text
+            yield text
 
 
 class PanicError(BaseException):

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,7 +31,7 @@ from titanlite.config import load_config
 from titanlite.config.sections import SourceConfig
 from titanlite.data import feed
 from titanlite.data.cache.writer import write_cache
-from titanlite.data.source import Source, open_source
+from titanlite.data.source import RecordError, Source, open_source
 from titanlite.job import Job
 from titanlite.tokenizer import Tokenizer
 from titanlite.train import main
@@ -224,17 +225,18 @@ class Panic(BaseException):
 
 def train_with_broken_thread(config: Path, how: str) -> tuple[int, str, float]:
     """`main`, where reading breaks on rank 1."""
-    read, calls = Source.read, iter(range(1000))
+    texts, calls = Source.texts, iter(range(1000))
     raised = {"no memory": MemoryError(), "panic": Panic("called `Result::unwrap()` on an `Err` value")}
 
-    def broken(source: Source, document: int, check: bool = True) -> str:
-        if threading.current_thread() is threading.main_thread() or next(calls) < 5:
-            return read(source, document)
-        raise raised.get(how, SystemExit(3))  # threads end by the latter without a word
+    def broken(source: Source, documents: np.ndarray) -> Iterator[str | RecordError]:
+        for each in texts(source, documents):
+            if threading.current_thread() is not threading.main_thread() and next(calls) >= 5:
+                raise raised.get(how, SystemExit(3))  # threads end by the latter without a word
+            yield each
 
     with contextlib.ExitStack() as stack:
         if dist.get_rank() == 1:
-            stack.enter_context(patch.object(Source, "read", broken))
+            stack.enter_context(patch.object(Source, "texts", broken))
         start = time.monotonic()
         code, told, ended = train(config)
     return code, told, ended - start

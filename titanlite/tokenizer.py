@@ -43,6 +43,7 @@ _EVERY_KIND = (
     "Aa\u01c5\u02b0\u4e2d\u0301\u0903\u20dd1\u2167\u00b2_-()\u00ab\u00bb!+$^\u00a9"
     " \t\r\n\u00a0\u2028\u2029\x00\x1b\u200d\ue000\U000e0fff\U0001f642 '"
 )
+_INT32 = np.dtype(np.int32)
 _FILES_HINT = "give a folder with tokenizer.model (tiktoken BPE ranks) and tokenizer_config.json (special tokens)"
 
 
@@ -126,7 +127,7 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text` as ordinary text, int32 [tokens]; never a special id.
 
-        Takes linear time and, beyond the result, bounded memory. A lone surrogate counts as U+FFFD.
+        Takes linear time and, beside the result, no more memory than another of it. A lone surrogate counts as U+FFFD.
         """
         return self._encode(text, b"", b"")
 
@@ -168,17 +169,15 @@ class Tokenizer:
 
     def _encode(self, text: str, prefix: bytes, suffix: bytes) -> np.ndarray:
         """Prefix and suffix are ids as int32: a small array would cost as much as a small document."""
-        encoding = self._encoding.tiktoken
-        ids = bytearray(prefix)
+        encode = self._encoding.tiktoken.encode_to_numpy
+        pieces = _pieces(text) if len(text) > 2 * PIECE_CHARS else (text,)
         try:
-            for piece in _pieces(text):
-                # Special tokens are neither allowed (the default) nor, as text, forbidden.
-                ids += encoding.encode_to_numpy(piece, disallowed_special=()).data  # uint32, below 2^31
+            # Special tokens are neither allowed (the default) nor, as text, forbidden. The ids are uint32, below 2^31.
+            ids = [encode(piece, disallowed_special=()).data for piece in pieces]
         except UnicodeEncodeError:  # surrogates: repaired as tiktoken's encode_ordinary does
             repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             return self._encode(repaired, prefix, suffix)
-        ids += suffix
-        return np.frombuffer(ids, dtype=np.int32)
+        return np.frombuffer(b"".join((prefix, *ids, suffix)), _INT32)
 
     def _probe(self, config_file: Path) -> None:
         """Encode a sample that holds every special token as text: no special id may appear, no character vanish."""

@@ -31,6 +31,7 @@ from titanlite.data.parquet import Parquet, RowGroups, decoding
 
 _OPEN_FILES = 128  # files kept open, each with its index
 _OPEN_SHARE = 64  # they are at most 1 in so many of the files that the process may open: it may have many sources
+_WHOLE = ("text", "python")  # kinds of files that are one document
 _MANIFEST_FILES = 10_000  # a manifest names single files up to this number: it is stored in every checkpoint
 
 
@@ -122,22 +123,21 @@ class Source:
         self._has_records = np.array([file.kind in ("jsonl", "parquet") for file in files], bool)
         self._stop = lambda: False  # the rest of a run ends with a step, also where an index is built anew
 
-    def read(self, document: int, check: bool = True) -> str:
-        """The document's text, by random access. Raises RecordError for bytes that hold none, else SourceError.
-
-        check: whether the file is still what it was. Who reads many documents asks `unchanged` after the last of them.
-        """
+    def read(self, document: int) -> str:
+        """The document's text, by random access. Raises RecordError for bytes that hold none, else SourceError."""
         assert self.numbering is not None
-        f, record = self.numbering.place(document)
-        file = self.files[f]
-        try:
-            raw = self._open(f).read(record, check) if self._has_records[f] else read_text(file)
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{self.locate(f, record)}: {_unreadable(error)}") from error
-        text = self._decode(raw, f, record)
+        text = self._text(*self.numbering.place(document), check=True)
         if isinstance(text, RecordError):
             raise text
         return text
+
+    def texts(self, documents: np.ndarray) -> Iterator[str | RecordError]:
+        """`read` of each of the documents, int64 [n], at less cost: whether their files are still what they were is
+        not looked at; ask `unchanged` after the last of them."""
+        assert self.numbering is not None
+        files, records = self.numbering.places(documents)
+        for f, record in zip(files.tolist(), records.tolist(), strict=True):
+            yield self._text(f, record, check=False)
 
     def unchanged(self, documents: np.ndarray) -> tuple[int, SourceError | None]:
         """How many of the documents, which were read just now, lie before the first of a file that has changed since
@@ -206,7 +206,7 @@ class Source:
     def key_parts(self) -> list[list[Any]]:
         """What decides the documents, JSON-able, per file: kind, name, bytes, digest, and text_field if it matters."""
         return [
-            [file.kind, file.name, file.size, file.digest, "" if file.kind in ("text", "python") else self.text_field]
+            [file.kind, file.name, file.size, file.digest, "" if file.kind in _WHOLE else self.text_field]
             for file in self.files
         ]
 
@@ -245,6 +245,15 @@ class Source:
             raise ValueError(f"{self._key}.{error}") from error
         except OSError as error:
             raise ValueError(f"{self._key}.paths: {shown(self.files[f].path)}: {_unreadable(error)}") from error
+
+    def _text(self, f: int, record: int, check: bool) -> str | RecordError:
+        """check: whether the file is still what it was."""
+        file = self.files[f]
+        try:
+            raw = read_text(file) if file.kind in _WHOLE else self._open(f).read(record, check)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{self.locate(f, record)}: {_unreadable(error)}") from error
+        return self._decode(raw, f, record)
 
     def _decode(self, raw: bytes | memoryview | None, f: int, record: int) -> str | RecordError:
         try:

@@ -170,7 +170,7 @@ class StreamedReader:
             try:
                 text = self._source.read(int(sized[i]))
                 beginning = text[:_SAMPLE_CHARS]
-                tokens += len(self._encode(beginning, int(sized[i]))) * (len(text) / max(1, len(beginning)))
+                tokens += len(self._encode_document(beginning)) * (len(text) / max(1, len(beginning)))
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException:  # met again, and told, when the document's turn comes
@@ -193,13 +193,16 @@ class StreamedReader:
         sizes: list[int] = []
         bad: list[tuple[int, RecordError]] = []
         error: Exception | None = None
+        texts = self._source.texts(documents[keep])
         try:
             for i, (document, kept) in enumerate(zip(documents.tolist(), keep.tolist(), strict=True)):
                 length = size = 0
                 if kept:
                     try:
-                        text = self._source.read(document, check=False)
-                        ids.append(self._encode(text, document))
+                        text = next(texts)
+                        if isinstance(text, RecordError):
+                            raise text
+                        ids.append(encode_or_raise(self._encode_document, text, self.locate, document))
                         length, size = len(ids[-1]), num_text_bytes(text)
                     except RecordError as broken:  # a copy: its traceback and its cause hold what was read
                         bad.append((i, RecordError(broken.place, broken.reason)))
@@ -219,9 +222,6 @@ class StreamedReader:
             np.concatenate(ids)[:num_tokens], np.array(lengths, np.int64), np.array(sizes, np.int64), bad, error
         )
 
-    def _encode(self, text: str, document: int) -> np.ndarray:
-        return encode_or_raise(self._encode_document, text, lambda: self.locate(document))
-
 
 def located(error: BaseException, place: str) -> Exception:
     """What a user reads of an error: itself, where its words name a place, else an error that does. MemoryError has no
@@ -231,17 +231,19 @@ def located(error: BaseException, place: str) -> Exception:
     return RuntimeError(f"{place}: {type(error).__name__}: {error}".removesuffix(": "))
 
 
-def encode_or_raise(encode_document: Callable[[str], np.ndarray], text: str, place: Callable[[], str]) -> np.ndarray:
+def encode_or_raise(
+    encode_document: Callable[[str], np.ndarray], text: str, locate: Callable[..., str], *document: int
+) -> np.ndarray:
     """The tokens of a document. Raises RecordError for a text that the tokenizer gives up on, RuntimeError for a bug of
-    its own."""
+    its own; both name the place that `locate` gives of the document."""
     try:
         return encode_document(text)
     except Exception as error:
-        raise RuntimeError(f"{place()}: cannot tokenise: {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"{locate(*document)}: cannot tokenise: {type(error).__name__}: {error}") from error
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as panic:  # tiktoken's PanicException, which `except Exception` misses
-        raise RecordError(place(), f"the tokenizer gave up on this text: {panic}") from panic
+        raise RecordError(locate(*document), f"the tokenizer gave up on this text: {panic}") from panic
 
 
 def num_text_bytes(text: str) -> int:

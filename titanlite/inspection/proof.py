@@ -87,7 +87,7 @@ class _Texts:
         return found
 
     def _encode(self, document: int, text: str) -> np.ndarray:
-        return encode_or_raise(self._tokenizer.encode_document, text, lambda: self._source.reader.locate(document))
+        return encode_or_raise(self._tokenizer.encode_document, text, self._source.reader.locate, document)
 
 
 @dataclass(frozen=True)

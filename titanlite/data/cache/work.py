@@ -5,7 +5,6 @@ written.
 """
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ def _tokenise(
         try:
             if isinstance(text, RecordError):
                 raise text
-            ids = encode_or_raise(tokenizer.encode_document, text, functools.partial(source.locate, file, record))
+            ids = encode_or_raise(tokenizer.encode_document, text, source.locate, file, record)
         except RecordError as bad:
             if stop_on_bad_record:
                 raise ValueError(f'{bad}; data.on_bad_record = "skip" would leave it out and count it') from bad

@@ -95,10 +95,8 @@ def _estimate(source: Source, tokenizer: DocumentEncoder, portions: list[Portion
             if isinstance(text, str):
                 sample = text[:_SAMPLED_CHARS]
                 with contextlib.suppress(RecordError):
-                    place = functools.partial(source.locate, file, record)
-                    shard_bytes += len(encode_or_raise(tokenizer.encode_document, sample, place)) * token_width(
-                        tokenizer
-                    )
+                    ids = encode_or_raise(tokenizer.encode_document, sample, source.locate, file, record)
+                    shard_bytes += len(ids) * token_width(tokenizer)
                     shard_bytes += _TABLE_BYTES
                     text_bytes += num_text_bytes(sample)
     return sum(portion.weight for portion in portions) * shard_bytes / max(1, text_bytes)
