@@ -270,7 +270,13 @@ def draw_lives(rng: random.Random, layouts: list[tuple[int, tuple[str, ...]]]) -
 
 def check_scenario(folder: Path, seed: int, layouts: list[tuple[int, tuple[str, ...]]]) -> None:
     rng = random.Random(seed)
-    config = write_documents(folder, mixture=seed % 3 == 2, data__held_out_fraction=rng.choice((0.0, 0.15)))
+    held_out, window = (
+        rng.choice((0.0, 0.15)),
+        131 * TINY["training__seq_len"],
+    )  # 131 rows, so that no step ends with one
+    config = write_documents(
+        folder, mixture=seed % 3 == 2, data__held_out_fraction=held_out, data__window_tokens=window
+    )
     packing = f"--data.packing={('split', 'best_fit')[seed % 2]}"
     lives, num_rows = draw_lives(rng, rng.sample(layouts, len(layouts)))
     cached = read_stream(config, num_rows, packing, "--data.reader=cached")  # writes the cache, too

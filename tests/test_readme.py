@@ -20,7 +20,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.byte_tokenizer import ByteTokenizer
-from tests.tiny_run import descendants, fingerprints, metrics
+from tests.tiny_run import descendants, fingerprints, logged_steps, metrics
 from titanlite.config import load_config
 from titanlite.config.schema import SCHEMA
 from titanlite.config.sections import DataConfig
@@ -158,8 +158,9 @@ def debug_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_first_command_trains(debug_run: Path) -> None:
-    rows = metrics(debug_run)
-    assert rows[-1]["step"] == 100
+    rows, last = logged_steps(debug_run), metrics(debug_run)[-1]
+    assert rows[-1]["step"] == last["step"] == 100
+    assert last["validation_loss"] < rows[0]["loss"] - 2.5
     assert sum(row["loss"] for row in rows[-10:]) / 10 < rows[0]["loss"] - 2.5
     assert json.loads((debug_run / "checkpoint/step-00000100/manifest.json").read_text())["meta"]["step"] == 100
     assert list((debug_run / "tb").iterdir())
@@ -174,7 +175,7 @@ def test_four_ranks_see_and_learn_the_same(debug_run: Path, tmp_path: Path) -> N
     for name, ngpu, degree in (("one", "1", 1), ("four", "4", 2)):
         overrides = ("--training.steps", "5", "--parallelism.tensor_parallel_degree", str(degree))
         assert run_train(tmp_path / name, *overrides, NGPU=ngpu).returncode == 0
-    one, four = metrics(tmp_path / "one"), metrics(tmp_path / "four")
+    one, four = logged_steps(tmp_path / "one"), logged_steps(tmp_path / "four")
     assert fingerprints(tmp_path / "one") == fingerprints(tmp_path / "four")
     assert list(fingerprints(tmp_path / "one").values()) == list(fingerprints(debug_run).values())[:5]
     assert one[0]["loss"] == pytest.approx(four[0]["loss"], rel=1e-5)

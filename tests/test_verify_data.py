@@ -173,7 +173,7 @@ def test_a_mixture_of_formats_closes(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.slow
 def test_the_ledger_of_the_built_in_corpus_closes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, tokenizer__path="assets/tokenizer", model__vocab_size=8192)
-    overrides = ["--data.paths=[]", "--training.seq_len=512"]
+    overrides = ["--data.paths=[]", "--training.seq_len=512", f"--data.window_tokens={64 * 512}"]
     assert run(path, *overrides, "--steps=3") == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     config = load_config(["--job.config_file", str(path), *overrides])

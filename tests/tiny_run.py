@@ -66,9 +66,14 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def logged_steps(run: Path) -> list[dict[str, Any]]:
+    """Without the lines of validations."""
+    return [row for row in metrics(run) if "batch_fingerprint" in row]
+
+
 def fingerprints(run: Path) -> dict[int, str]:
     """By step; fails where a step stands twice."""
-    rows = metrics(run)
+    rows = logged_steps(run)
     found = {row["step"]: row["batch_fingerprint"] for row in rows}
     assert len(found) == len(rows)
     return found
