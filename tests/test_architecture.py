@@ -45,7 +45,7 @@ ASSEMBLY = [
     "generation",
     "validation",
     "job",
-    "pretrained",
+    "loading",
     "huggingface",
     "isolation",
     "invariance",

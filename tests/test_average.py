@@ -14,9 +14,9 @@ from tests.gloo import ranks
 from tests.test_parallel import CONFIG, EOS, batch, full, num_targets, with_
 from tests.tiny_run import state_of, write_config
 from titanlite import convert, generate
+from titanlite.loading import load_model
 from titanlite.optim import WeightAverage
 from titanlite.parallel.mesh import build_mesh
-from titanlite.pretrained import load_model
 from titanlite.train import main
 from titanlite.trainer import Trainer
 

@@ -24,9 +24,9 @@ from titanlite import generate
 from titanlite.checkpoint import Checkpointer, CheckpointError, read_manifest
 from titanlite.config import load_config
 from titanlite.generate import main
+from titanlite.loading import config_of, load_model
 from titanlite.model import Llama
 from titanlite.parallel.mesh import build_mesh
-from titanlite.pretrained import config_of, load_model
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer
 

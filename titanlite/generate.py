@@ -18,7 +18,7 @@ from titanlite.generation.text import Continuation, Printer, encode_prompts, rea
 if TYPE_CHECKING:
     import torch
 
-    from titanlite.pretrained import Pretrained
+    from titanlite.loading import Pretrained
 
 _TIMEOUT_SECONDS = 600
 DESCRIPTION = """\
@@ -165,8 +165,8 @@ def run(options: argparse.Namespace, prompts: list[str]) -> None:
     import torch
     import torch.distributed as dist
 
+    from titanlite.loading import load_model
     from titanlite.parallel.mesh import build_mesh, init_process_group
-    from titanlite.pretrained import load_model
 
     device_type = options.device
     if device_type == "auto":

@@ -34,7 +34,7 @@ from titanlite.huggingface.architecture import (
 )
 from titanlite.huggingface.comparison import Verdict, compare_ids, compare_logits, sample_tokens
 from titanlite.huggingface.tokenizer_files import import_tokenizer, read_json, write_json, write_tokenizer
-from titanlite.pretrained import config_of, newest_checkpoint, tokenizer_of
+from titanlite.loading import config_of, newest_checkpoint, tokenizer_of
 from titanlite.tokenizer import Tokenizer
 
 Read = Callable[[str], Tensor]

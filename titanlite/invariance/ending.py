@@ -17,9 +17,9 @@ from titanlite.data.order import HeldOut
 from titanlite.generation.decode import generate
 from titanlite.invariance.sketches import random_tensor, sketch, whole_tensor
 from titanlite.job import Job
+from titanlite.loading import empty_model
 from titanlite.membership import SAVING_SECONDS
 from titanlite.opening import open_validation_set
-from titanlite.pretrained import empty_model
 from titanlite.runtime import RunFailed
 from titanlite.trainer import param_dtype
 from titanlite.validation import Polling, sum_of_losses
