@@ -39,13 +39,13 @@ ROOMS: dict[str, set[str]] = {
 # Each may import all rooms and the ones before it.
 ASSEMBLY = [
     "trainer",
+    "loading",
     "report",
     "membership",
     "opening",
     "generation",
     "validation",
     "job",
-    "loading",
     "huggingface",
     "isolation",
     "invariance",

@@ -131,7 +131,7 @@ def load(folder: str, layout: str) -> bool:
     assert path is not None
     before = addresses(tensors)
     checkpointer.load(path, tensors)
-    return is_filled(tensors) and addresses(tensors) == before and checkpointer.read_meta(path) == {"step": 1}
+    return is_filled(tensors) and addresses(tensors) == before and read_manifest(path)["meta"] == {"step": 1}
 
 
 def addresses(tensors: dict[str, torch.Tensor]) -> list[int]:

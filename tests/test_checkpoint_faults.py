@@ -26,7 +26,7 @@ import torch.multiprocessing as mp
 from tests.cases import some_quick
 from tests.gloo import ranks
 from tests.test_checkpoint import error_of, log_lines, make, save, state, verify
-from titanlite.checkpoint import CheckpointError, DamagedCheckpoint
+from titanlite.checkpoint import CheckpointError, DamagedCheckpoint, read_manifest
 from titanlite.checkpoint import tensors as checkpoint_files
 from titanlite.checkpoint.folder import list_steps
 
@@ -323,7 +323,7 @@ def _train(folder: str, rank: int, num_ranks: int, store: str, async_save: bool,
     path, step = checkpointer.newest(), 0
     if path is not None:
         checkpointer.load(path, tensors)
-        step = checkpointer.read_meta(path)["step"]
+        step = read_manifest(path)["meta"]["step"]
         assert all(bool((tensor == step).all()) for tensor in tensors.values()), "a mixture was loaded"
     while step < last:
         step += 1

@@ -21,10 +21,10 @@ from tests.make_tokenizers import single_bytes, write_tokenizer
 from tests.test_generate import without_cache
 from tests.tiny_run import state_of, text, write_config
 from titanlite import generate
-from titanlite.checkpoint import Checkpointer, CheckpointError, read_manifest
-from titanlite.config import load_config
+from titanlite.checkpoint import Checkpointer, CheckpointError, Meta, read_manifest
+from titanlite.config import Config, load_config
 from titanlite.generate import main
-from titanlite.loading import config_of, load_model
+from titanlite.loading import Found, config_of, load_model
 from titanlite.model import Llama
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
@@ -52,8 +52,8 @@ def save(config_file: str, shard: int, tp: int, ends: bool = True) -> None:
         trainer.train_step(rows, 4 * 64)
         if not ends:  # on one rank, whose part is the whole
             trainer.model.output.weight.detach().to_local()[tokenizer.eos_id] = 0.0  # type: ignore[attr-defined]
-        meta = {"config": asdict(config), "corpus": {"tokenizer": tokenizer.fingerprint[:32]}}
-        checkpointer.save(step, trainer.state(), meta)
+        meta = Meta(step, asdict(config), tokenizer.fingerprint)
+        checkpointer.save(step, trainer.state(), meta.to_json())
     checkpointer.wait()
 
 
@@ -317,21 +317,24 @@ def test_the_tokenizers_pad_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_config_is_read_as_far_as_this_version_knows_it(run: Path) -> None:
+    def of(saved: dict[str, Any]) -> Config:
+        return config_of(Found("x", Meta(1, saved)))
+
     saved_config = read_manifest(str(run / "checkpoint" / "step-00000001"))["meta"]["config"]
     written = load_config(["--job.config_file", str(run.parent / "config.toml")])
-    assert config_of("x", {"config": saved_config}) == written
+    assert of(saved_config) == written
     newer = json.loads(json.dumps(saved_config))
     newer["training"]["of_later"], newer["later"] = 1, {"key": "value"}
     del newer["metrics"]
-    assert config_of("x", {"config": newer}).model == written.model
+    assert of(newer).model == written.model
     newer["model"]["of_later"] = True
-    for meta, told in (
-        ({"config": newer}, "x: its config has model.of_later, which this titanlite does not know"),
+    for saved, told in (
+        (newer, "x: its config has model.of_later, which this titanlite does not know"),
         ({}, "x: its manifest holds no usable config"),
-        ({"config": {**saved_config, "model": {"dim": "wide"}}}, "x: its manifest holds no usable config"),
+        ({**saved_config, "model": {"dim": "wide"}}, "x: its manifest holds no usable config"),
     ):
         with pytest.raises(CheckpointError, match=told):
-            config_of("x", meta)
+            of(saved)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, decide_start
+from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, Meta
 from titanlite.config import Config, diff, dump_toml
 from titanlite.data.feed import EndOfData
 from titanlite.data.loader import Batch
+from titanlite.loading import Found, decide_start
 from titanlite.log import logger
 from titanlite.membership import MARGIN_SECONDS, SAVING_SECONDS, Membership
 from titanlite.model import check_rule, labels, num_parameters
@@ -119,26 +120,26 @@ class Job:
             fence=self._run_folder.fence,
         )
         self._phase("looking for a checkpoint", at_least=SAVING_SECONDS)
-        path, meta = decide_start(checkpoint, config.optimizer, config.training, self.checkpointer)
+        found = decide_start(config, self.checkpointer)
         if config.job.description:
             logger.info(config.job.description)
-        self._open_data(meta)
+        self._open_data(found.meta if found else None)
         self._phase("building the model")
         self._open_trainer()
         self._phase("loading", at_least=SAVING_SECONDS)
-        if path:
-            self._load(path, meta)
+        if found:
+            self._load(found)
         elif checkpoint.init_from:
             weights = {name: t for name, t in self.trainer.state().items() if name.startswith("model.")}
             self.checkpointer.load(checkpoint.init_from, weights, prefix="model.")
             self.trainer.begin_average()
         self._phase("opening the logs")
-        self._open_logs(meta.get("skipped_steps", 0))
+        self._open_logs(found.meta.skipped_steps if found else 0)
         self._validate()  # the last process may have left it
 
-    def _open_data(self, meta: dict[str, Any]) -> None:
+    def _open_data(self, meta: Meta | None) -> None:
         self._membership.prepare()
-        cursor = meta.get("cursor")
+        cursor = meta.cursor if meta else None
         self.tokenizer, self.loader = open_data(self.config, self.mesh, self.folder, cursor, self.watchdog)
         self._stack.callback(self.loader.close)
         self._batches = iter(self.loader)  # it begins to read
@@ -146,7 +147,7 @@ class Job:
         self._membership.start()
         self._phase("comparing data")
         compare_data(self.tokenizer, self.loader.corpus)
-        self.cursor, self.ledger = meta.get("cursor", {}), meta.get("ledger", {})
+        self.cursor, self.ledger = cursor, meta.ledger if meta else {}
 
     def _open_trainer(self) -> None:
         with agreed():
@@ -165,12 +166,14 @@ class Job:
             min(rows, training.local_batch_size),
         )
 
-    def _load(self, path: str, meta: dict[str, Any]) -> None:
-        self.checkpointer.load(path, self.trainer.state())
-        self.trainer.step = self._saved_step = meta["step"]
-        self.trainer.trained_targets = meta["trained_targets"]
-        torch.set_rng_state(torch.frombuffer(bytearray.fromhex(meta["rng"]), dtype=torch.uint8))
-        for line in diff(meta["config"], self.config):
+    def _load(self, found: Found) -> None:
+        meta = found.meta
+        self.checkpointer.load(found.path, self.trainer.state())
+        self.trainer.step = self._saved_step = meta.step
+        self.trainer.trained_targets = meta.trained_targets
+        if meta.rng:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(meta.rng), dtype=torch.uint8))
+        for line in diff(meta.config, self.config):
             logger.warning("changed since the checkpoint: %s", line)
 
     def _open_logs(self, skipped_before: int) -> None:
@@ -266,7 +269,7 @@ class Job:
         self._phase("saving", at_least=SAVING_SECONDS)
         with self.report.throughput.paused() as watch:
             self._tolerate(self.checkpointer.wait)
-            self.checkpointer.save(self.trainer.step, self.trainer.state(), self._meta(skipped))
+            self.checkpointer.save(self.trainer.step, self.trainer.state(), self._meta(skipped).to_json())
         self._saved_step = self.trainer.step
         self.report.saved(watch.seconds)
 
@@ -285,18 +288,19 @@ class Job:
                 self._failed_saves,
             )
 
-    def _meta(self, skipped: int) -> dict[str, Any]:
-        return {
-            "step": self.trainer.step,
-            "trained_targets": self.trainer.trained_targets,
-            "skipped_steps": skipped,
-            "cursor": self.cursor,
-            "ledger": self.ledger,
-            "corpus": {key: value for key, value in self.loader.corpus.items() if key != "sources"},  # they name files
-            "layout": self.mesh.describe,
-            "rng": bytes(torch.get_rng_state().tolist()).hex(),
-            "config": asdict(self.config),
-        }
+    def _meta(self, skipped: int) -> Meta:
+        return Meta(
+            step=self.trainer.step,
+            config=asdict(self.config),
+            tokenizer=self.tokenizer.fingerprint,
+            trained_targets=self.trainer.trained_targets,
+            skipped_steps=skipped,
+            cursor=self.cursor,
+            ledger=self.ledger,
+            corpus={key: value for key, value in self.loader.corpus.items() if key != "sources"},  # they name files
+            layout=self.mesh.describe,
+            rng=bytes(torch.get_rng_state().tolist()).hex(),
+        )
 
     def finish(self) -> None:
         """The end of a run that is finished or preempted: save, wait until it is on disk, say so."""

@@ -1,8 +1,9 @@
-"""A trained model from a distributed checkpoint of any layout, for those who use it and do not train it on.
+"""Which checkpoint is meant, and what it is of: its meta, config, tokenizer and weights.
 
-Owns which checkpoint is meant, and its config and tokenizer, which the checkpoint itself names. Reads the weights, and
-no optimiser state, through `titanlite.checkpoint`. Refuses to change the run's folder: what is damaged is passed over,
-not set aside. Parallel by tensor parallelism alone: each step of generation is too short to gather weights for.
+The one owner of these decisions, for resuming, for runs that start from given weights, for validation, generation and
+conversion. Only a resume may change a run's folder (it sets damaged checkpoints aside); all others pass over what is
+damaged. A model that is loaded to be used, not trained, is parallel by tensor parallelism alone: each step of
+generation is too short to gather weights for.
 """
 
 import math
@@ -12,14 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from titanlite.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    DamagedCheckpoint,
-    list_steps,
-    read_manifest,
-    weights_prefix,
-)
+from titanlite.checkpoint import Checkpointer, CheckpointError, DamagedCheckpoint, Meta, list_steps, read_manifest
 from titanlite.config import Config, ModelConfig
 from titanlite.config.degrees import divisors, listed
 from titanlite.config.schema import SCHEMA, from_tables, from_toml, schema_name, to_tables
@@ -30,6 +24,170 @@ from titanlite.parallel.mesh import Mesh
 from titanlite.runtime import agreed
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import param_dtype
+
+
+class Found(NamedTuple):
+    """A checkpoint."""
+
+    path: str
+    """Its folder."""
+    meta: Meta
+
+
+def decide_start(config: Config, checkpointer: Checkpointer) -> Found | None:
+    """The checkpoint to resume from, None for a new run; logs which and why. Collective.
+
+    Raises CheckpointError, on all ranks, where the config asks for what is not there, or has other state to fill.
+    """
+    folder, asked = checkpointer.folder, config.checkpoint
+    if not asked.enable or asked.resume == "never":
+        why = 'checkpoint.resume = "never"' if asked.enable else "checkpoint.enable = false"
+        if list_steps(folder):  # a run from step 0 would also replace the logs of theirs
+            raise CheckpointError(
+                f'{why}, and {folder} holds checkpoints: name another job.dump_folder, or resume with "auto"'
+            )
+    else:
+        if path := checkpointer.newest(asked.load_step):
+            which = "the newest valid one" if asked.load_step < 0 else "checkpoint.load_step"
+            logger.info('resuming from %s: checkpoint.resume = "%s", and it is %s', path, asked.resume, which)
+            found = Found(path, read_meta(path))
+            _check_state(found, config)
+            return found
+        if asked.resume == "must":
+            raise CheckpointError(f'checkpoint.resume = "must", and there is no valid checkpoint in {folder}')
+        if damaged := checkpointer.damaged():  # their run may have cost weeks: beginning anew is not ours to decide
+            raise CheckpointError(
+                f"{folder}: no valid checkpoint, and damaged ones that were set aside ({', '.join(damaged)}): put a"
+                " copy of one in its place, or delete them to train anew"
+            )
+        why = f"no valid checkpoint in {folder}"
+    weights = f"weights of {asked.init_from}" if asked.init_from else "newly drawn weights"
+    logger.info("new run with %s: %s", weights, why)
+    return None
+
+
+def _check_state(found: Found, config: Config) -> None:
+    """Raise CheckpointError where the run that saved it had another optimiser, or where only one of the two has an
+    average of the weights."""
+    before = found.meta.config["optimizer"].get("name", "adamw")
+    anew = "begin a new run, in another job.dump_folder, from these weights (checkpoint.init_from)"
+    if before != config.optimizer.name:
+        raise CheckpointError(
+            f'{found.path} was saved by optimizer.name = "{before}" and this run has "{config.optimizer.name}": set it'
+            f" as it was, or {anew}"
+        )
+    decay = found.meta.config["training"].get("ema_decay", 0.0)
+    if bool(decay) != bool(config.training.ema_decay):
+        raise CheckpointError(
+            f"{found.path} was saved with training.ema_decay = {decay}, so it has {'an' if decay else 'no'} average of"
+            f" the weights, and this run has {config.training.ema_decay}: set it to {decay}, or {anew}"
+        )
+
+
+def read_meta(path: str) -> Meta:
+    """Of checkpoint folder `path`. Raises DamagedCheckpoint or CheckpointError."""
+    return Meta.from_json(path, read_manifest(path)["meta"])
+
+
+def find_checkpoint(checkpoint: str, refused: dict[str, str], step: int = -1) -> Found:
+    """The newest checkpoint, or that of `step`, that is not refused: `checkpoint` itself, or one in this folder, or in
+    the run's folder that it is. refused: why, by path; what turns out to be damaged is added, with a warning.
+
+    Raises CheckpointError where there is none.
+    """
+    if not os.path.isdir(checkpoint):
+        raise CheckpointError(f"{checkpoint}: no such folder: name a checkpoint (RUN/checkpoint/step-N) or a run")
+    steps = list_steps(checkpoint) or list_steps(os.path.join(checkpoint, "checkpoint"))
+    paths = [path for number, path in steps.items() if step in (-1, number)] if steps else [checkpoint]
+    for path in reversed(paths):
+        if path not in refused:
+            try:
+                return Found(path, read_meta(path))
+            except DamagedCheckpoint as error:
+                _refuse(path, error, refused)
+    of_step = f" of step {step} (there are: {sorted(steps)})" if steps and not paths else ""
+    raise CheckpointError(f"{checkpoint}: no valid checkpoint{of_step or ': ' + '; '.join(refused.values())}")
+
+
+def _refuse(path: str, error: DamagedCheckpoint, refused: dict[str, str]) -> None:
+    refused[path] = str(error)
+    logger.warning("checkpoint %s is damaged and passed over: %s", path, error)
+
+
+def find_together(checkpoint: str, refused: dict[str, str], step: int = -1) -> Found:
+    """`find_checkpoint` by rank 0, for all ranks. Collective; raises RunFailed."""
+    found: list[Any] = [None]
+    with agreed():
+        if dist.get_rank() == 0:
+            found = [find_checkpoint(checkpoint, refused, step)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def load_weights(
+    checkpointer: Checkpointer, found: Found, model: Llama, refused: dict[str, str], *, use_ema: bool
+) -> bool:
+    """Fill the model; False where the checkpoint is damaged, which is then refused. Collective.
+
+    use_ema: with the average of the weights in their place. Raises CheckpointError, the same on all ranks.
+    """
+    prefix = weights_prefix(found, use_ema)
+    try:
+        checkpointer.load(found.path, {f"{prefix}{n}": p.detach() for n, p in model.named_parameters()}, prefix=prefix)
+    except DamagedCheckpoint as error:
+        _refuse(found.path, error, refused)
+        return False
+    return True
+
+
+def weights_prefix(found: Found, use_ema: bool) -> str:
+    """What the names of its weights begin with. Raises CheckpointError where there is no average that is wanted."""
+    if use_ema and not found.meta.config.get("training", {}).get("ema_decay"):
+        raise CheckpointError(
+            f"{found.path} has no average of the weights, because training.ema_decay was 0: take the weights"
+            " themselves, or train with an ema_decay above 0"
+        )
+    return "ema." if use_ema else "model."
+
+
+def config_of(found: Found) -> Config:
+    """The config of the run that saved it. Keys that this version does not know are left out, but not of the model."""
+    tables: dict[str, dict[str, Any]] = {}
+    try:
+        unknown = sorted(found.meta.config["model"].keys() - SCHEMA["model"].keys())
+        for table, values in to_tables(found.meta.config).items():
+            if schema := SCHEMA.get(schema_name(table)):
+                tables[table] = {key: from_toml(schema[key], value) for key, value in values.items() if key in schema}
+    except (KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{found.path}: its manifest holds no usable config: {error!r}") from error
+    if unknown:
+        raise CheckpointError(f"{found.path}: its config has model.{unknown[0]}, which this titanlite does not know")
+    return from_tables(tables)
+
+
+def tokenizer_of(found: Found, config: Config, tokenizer_path: str | None) -> Tokenizer:
+    """That of the config, or in `tokenizer_path`. Raises ValueError where it is not the one of the training."""
+    path = tokenizer_path or config.tokenizer.path
+    try:
+        tokenizer = Tokenizer.load(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; or name the folder of the run's tokenizer with --tokenizer") from error
+    check_tokenizer(found, tokenizer, path, "name that one's folder with --tokenizer")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"{found.path}: {config.model.vocab_size} rows for {tokenizer.vocab_size} ids of the tokenizer"
+        )
+    return tokenizer
+
+
+def check_tokenizer(found: Found, tokenizer: Tokenizer, path: str, fix: str) -> None:
+    """Raise ValueError where the tokenizer, which was read from `path`, is not that of the training."""
+    saved = found.meta.tokenizer
+    if not tokenizer.fingerprint.startswith(saved):
+        raise ValueError(
+            f"the tokenizer in {path!r} (fingerprint {tokenizer.fingerprint[:12]}) is not the one that {found.path} was"
+            f" trained with ({saved[:12]}): {fix}"
+        )
 
 
 class Pretrained(NamedTuple):
@@ -50,87 +208,25 @@ def load_model(
     *,
     use_ema: bool = False,
 ) -> Pretrained:
-    """The model of a checkpoint folder (.../step-N), or of the newest valid one in a run's folder. Collective.
+    """The model of a checkpoint, for those who use it and do not train it on. Collective.
 
-    dtype: of weights and activations; None is that of training's forward pass on this device. tokenizer_path: in place
-    of the config's, whose fingerprint it must have. use_ema: with the average of the weights in their place. Raises
-    RunFailed or CheckpointError, the same on all ranks, in one line that names file or folder and fix.
+    checkpoint: see `find_checkpoint`; what is damaged is passed over. dtype: of weights and activations; None is that
+    of training's forward pass on this device. tokenizer_path: in place of the config's, whose fingerprint it must have.
+    use_ema: see `load_weights`. Raises RunFailed or CheckpointError, the same on all ranks, in one line that names file
+    or folder and fix.
     """
     assert mesh.dp_degree == 1, mesh.describe
     checkpointer = Checkpointer(checkpoint, keep_latest_k=0, async_save=False)
     refused: dict[str, str] = {}
     while True:
-        found: list[Any] = [None]
+        found = find_together(checkpoint, refused)
         with agreed():
-            if dist.get_rank() == 0:
-                found = [newest_checkpoint(checkpoint, refused)]
-        dist.broadcast_object_list(found, src=0)
-        path, meta = found[0]
-        with agreed():
-            config = config_of(path, meta)
-            tokenizer = tokenizer_of(path, meta, config, tokenizer_path)
-            prefix = weights_prefix(path, meta, use_ema)
+            config = config_of(found)
+            tokenizer = tokenizer_of(found, config, tokenizer_path)
             model = empty_model(config, mesh)
-        weights = {f"{prefix}{name}": p.detach() for name, p in model.named_parameters()}
-        try:
-            checkpointer.load(path, weights, prefix=prefix)
-        except DamagedCheckpoint as error:
-            _refuse(path, str(error), refused)
-            continue
-        model.to(dtype or param_dtype(config, mesh.device.type))
-        return Pretrained(model.requires_grad_(False), config, tokenizer, path)
-
-
-def newest_checkpoint(checkpoint: str, refused: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """The newest checkpoint that is meant and not refused, and its manifest's meta."""
-    if not os.path.isdir(checkpoint):
-        raise CheckpointError(f"{checkpoint}: no such folder: name a checkpoint (RUN/checkpoint/step-N) or a run")
-    steps = list_steps(checkpoint) or list_steps(os.path.join(checkpoint, "checkpoint"))
-    paths = list(steps.values()) or [checkpoint]
-    for path in reversed(paths):
-        if path not in refused:
-            try:
-                return path, read_manifest(path)["meta"]
-            except DamagedCheckpoint as error:
-                _refuse(path, str(error), refused)
-    raise CheckpointError(f"{checkpoint}: no valid checkpoint: {'; '.join(refused.values())}")
-
-
-def _refuse(path: str, reason: str, refused: dict[str, str]) -> None:
-    refused[path] = reason
-    logger.warning("checkpoint %s is damaged and passed over: %s", path, reason)
-
-
-def config_of(path: str, meta: dict[str, Any]) -> Config:
-    """The config in a checkpoint's meta. Keys that this version does not know are left out, but not of the model."""
-    tables: dict[str, dict[str, Any]] = {}
-    try:
-        unknown = sorted(meta["config"]["model"].keys() - SCHEMA["model"].keys())
-        for table, values in to_tables(meta["config"]).items():
-            if schema := SCHEMA.get(schema_name(table)):
-                tables[table] = {key: from_toml(schema[key], value) for key, value in values.items() if key in schema}
-    except (KeyError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its manifest holds no usable config: {error!r}") from error
-    if unknown:
-        raise CheckpointError(f"{path}: its config has model.{unknown[0]}, which this titanlite does not know")
-    return from_tables(tables)
-
-
-def tokenizer_of(path: str, meta: dict[str, Any], config: Config, tokenizer_path: str | None) -> Tokenizer:
-    """That of the config, or in `tokenizer_path`. Raises ValueError where it is not the one of the training."""
-    try:
-        tokenizer = Tokenizer.load(tokenizer_path or config.tokenizer.path)
-    except ValueError as error:
-        raise ValueError(f"{error}; or name the folder of the run's tokenizer with --tokenizer") from error
-    saved = meta.get("corpus", {}).get("tokenizer")
-    if saved is not None and saved != tokenizer.fingerprint[: len(saved)]:
-        raise ValueError(
-            f"the tokenizer in {tokenizer_path or config.tokenizer.path!r} (fingerprint {tokenizer.fingerprint[:12]})"
-            f" is not the one that {path} was trained with ({saved[:12]}): name that one's folder with --tokenizer"
-        )
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(f"{path}: {config.model.vocab_size} rows for {tokenizer.vocab_size} ids of the tokenizer")
-    return tokenizer
+        if load_weights(checkpointer, found, model, refused, use_ema=use_ema):
+            model.to(dtype or param_dtype(config, mesh.device.type))
+            return Pretrained(model.requires_grad_(False), config, tokenizer, found.path)
 
 
 def empty_model(config: Config, mesh: Mesh) -> Llama:

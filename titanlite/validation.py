@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from titanlite.checkpoint import Checkpointer, CheckpointError, DamagedCheckpoint, list_steps, weights_prefix
+from titanlite.checkpoint import Checkpointer, CheckpointError, list_steps
 from titanlite.config import Config
 from titanlite.data.corpus import Corpus
 from titanlite.data.validation_set import ValidationSet
 from titanlite.generation.decode import generate
 from titanlite.generation.text import encode_prompts
+from titanlite.loading import Found, check_tokenizer, find_together, load_weights
 from titanlite.log import logger
 from titanlite.membership import SAVING_SECONDS, Membership
 from titanlite.model import Llama, build_documents, check_backend, labels, resolve_backend
@@ -252,55 +253,42 @@ def _validate_checkpoint(config: Config, membership: Membership, watchdog: Watch
         model = build_model(config, mesh)
         model.to_empty(device="cpu" if config.parallelism.enable_cpu_offload else mesh.device)
     watchdog.mark("loading", at_least=SAVING_SECONDS)
-    path, step, tokens = _load(model, config, tokenizer)
+    loaded = _load(model, config, tokenizer)
     goes_on = Polling(watchdog)
     began = time.perf_counter()
     nats = sum_of_losses(model, torch.from_numpy(held.rows), mesh, tokenizer.eos_id, backend, goes_on)
     if nats is None:
         raise RunFailed(f"{watchdog.stop_asked or 'another rank was signalled'}: the validation was left")
-    found = result(nats, held, step, tokens, time.perf_counter() - began)
+    meta = loaded.meta
+    found = result(nats, held, meta.step, meta.trained_targets, time.perf_counter() - began)
     if dist.get_rank() == 0:
-        print(f"{path}: step {step}  {found.numbers}", flush=True)
+        print(f"{loaded.path}: step {meta.step}  {found.numbers}", flush=True)
 
 
-def _load(model: Llama, config: Config, tokenizer: Tokenizer) -> tuple[str, int, int]:
-    """Fill the model from the newest checkpoint that is right, and leave the others as they are. Its folder, step and
-    number of trained target tokens."""
-    folder, wanted = str(Path(config.job.dump_folder) / "checkpoint"), config.checkpoint.load_step
-    paths = [path for step, path in reversed(list_steps(folder).items()) if wanted in (-1, step)]
-    if not paths and wanted == -1 and config.checkpoint.init_from:
-        paths = [config.checkpoint.init_from]
-    everyone: list[list[str]] = [paths]
-    dist.broadcast_object_list(everyone, src=0)
+def _load(model: Llama, config: Config, tokenizer: Tokenizer) -> Found:
+    """Fill the model from the newest checkpoint that is right, and leave the others as they are."""
+    folder, step = str(Path(config.job.dump_folder) / "checkpoint"), config.checkpoint.load_step
+    with agreed():
+        if not list_steps(folder):
+            if step >= 0 or not config.checkpoint.init_from:
+                raise ValueError(f"validation.only: {folder} has no valid checkpoint")
+            folder = config.checkpoint.init_from
     checkpointer = Checkpointer(folder, keep_latest_k=0, async_save=False)
-    refused: list[str] = []
-    for path in everyone[0]:
-        try:
-            prefix = weights_prefix(path, checkpointer.read_meta(path), config.validation.use_ema)
-            weights = {f"{prefix}{name}": p.detach() for name, p in model.named_parameters()}
-            checkpointer.load(path, weights, prefix=prefix)
-        except DamagedCheckpoint as error:
-            logger.warning("checkpoint %s is damaged and passed over: %s", path, error)
-            refused.append(f"{error}")
-            continue
+    refused: dict[str, str] = {}
+    while True:
+        found = find_together(folder, refused, step)
         with agreed():
-            meta = checkpointer.read_meta(path)
-            _refuse_other_documents(path, meta.get("cursor", {}).get("stream", {}), config, tokenizer)
-        return path, meta.get("step", 0), meta.get("trained_targets", 0)
-    raise RunFailed(
-        f"validation.only: {folder} has no valid checkpoint"
-        + f" of checkpoint.load_step = {wanted}" * (wanted >= 0)
-        + (f" ({'; '.join(refused)})" if refused else "")
-    )
+            check_tokenizer(found, tokenizer, config.tokenizer.path, "set tokenizer.path to that one's folder")
+            _refuse_other_documents(found, config)
+        if load_weights(checkpointer, found, model, refused, use_ema=config.validation.use_ema):
+            return found
 
 
-def _refuse_other_documents(path: str, stream: dict[str, object], config: Config, tokenizer: Tokenizer) -> None:
-    """stream: what defined the token stream of the training; unknown of imported weights."""
-    if stream.get("tokenizer", tokenizer.fingerprint[:32]) != tokenizer.fingerprint[:32]:
-        raise ValueError(f"{path} was trained with another tokenizer than that in {config.tokenizer.path!r}")
-    share = config.data.held_out_fraction
+def _refuse_other_documents(found: Found, config: Config) -> None:
+    """What defined the token stream of the training is not known of imported weights."""
+    stream, share = (found.meta.cursor or {}).get("stream", {}), config.data.held_out_fraction
     if not config.validation.paths and stream.get("held_out_fraction", share) != share:
         raise ValueError(
-            f"{path} was trained with data.held_out_fraction = {stream['held_out_fraction']} and not {share}: other"
-            " documents were held out then, so set it as it was"
+            f"{found.path} was trained with data.held_out_fraction = {stream['held_out_fraction']} and not {share}:"
+            " other documents were held out then, so set it as it was"
         )

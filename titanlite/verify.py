@@ -6,9 +6,12 @@ python -m titanlite.verify data --job.config_file FILE [--steps N] [--section.ke
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titanlite.config import load_config, take_number
+
+if TYPE_CHECKING:
+    from titanlite.checkpoint import Meta
 
 USAGE = """\
 usage: python -m titanlite.verify checkpoint DIR
@@ -58,7 +61,7 @@ def checkpoint(argv: list[str]) -> bool:
     # From here on torch is imported, which takes seconds: a mistake in the command line should not.
     from tqdm import tqdm
 
-    from titanlite.checkpoint import audit_checkpoint, list_steps
+    from titanlite.checkpoint import Meta, audit_checkpoint, list_steps
 
     steps = list_steps(folder) or list_steps(os.path.join(folder, "checkpoint"))
     paths = list(steps.values()) or [folder]
@@ -68,7 +71,8 @@ def checkpoint(argv: list[str]) -> bool:
             audit = audit_checkpoint(path, bar.update)
         print(path)
         if audit.manifest:
-            for name, value in _describe(audit.manifest).items():
+            meta = Meta.from_json(path, {"config": {}, **audit.manifest["meta"], "step": audit.manifest["step"]})
+            for name, value in _describe(meta, audit.manifest).items():
                 print(f"  {name:<8} {value}")
             size = f"{audit.num_bytes / 1e6:,.1f} MB"
             print(f"  {'holds':<8} {audit.num_tensors:,} tensors in {len(audit.manifest['files']):,} files, {size}")
@@ -86,15 +90,13 @@ def _size(path: str) -> int:
     return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
 
 
-def _describe(manifest: dict[str, Any]) -> dict[str, str]:
+def _describe(meta: "Meta", manifest: dict[str, Any]) -> dict[str, str]:
     """What a checkpoint is of, as far as its manifest tells."""
-    meta = manifest["meta"]
-    job = meta.get("config", {}).get("job", {})
-    targets = f", {meta['trained_targets']:,} target tokens trained" if "trained_targets" in meta else ""
+    job = meta.config.get("job", {})
     return {
-        "run": " ".join(filter(None, (job.get("dump_folder", "unknown"), job.get("description")))),
-        "step": f"{manifest['step']:,}{targets}",
-        "saved": f"{manifest.get('created')} on {meta.get('layout', 'an unknown layout')}",
+        "run": meta.imported or " ".join(filter(None, (job.get("dump_folder", "unknown"), job.get("description")))),
+        "step": f"{meta.step:,}, {meta.trained_targets:,} target tokens trained",
+        "saved": f"{manifest.get('created')} on {meta.layout}",
         "by": f"format {manifest['format_version']}, torch {manifest.get('torch')}, python {manifest.get('python')}",
     }
 

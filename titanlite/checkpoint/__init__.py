@@ -3,8 +3,8 @@
 from titanlite.checkpoint.audit import Audit, audit_checkpoint
 from titanlite.checkpoint.checkpointer import Checkpointer
 from titanlite.checkpoint.folder import CheckpointError, DamagedCheckpoint, LostFolder, list_steps, read_manifest
+from titanlite.checkpoint.meta import Meta
 from titanlite.checkpoint.single import CheckpointReader, write_checkpoint
-from titanlite.checkpoint.start import decide_start, weights_prefix
 
 __all__ = [
     "Audit",
@@ -13,10 +13,9 @@ __all__ = [
     "Checkpointer",
     "DamagedCheckpoint",
     "LostFolder",
+    "Meta",
     "audit_checkpoint",
-    "decide_start",
     "list_steps",
     "read_manifest",
-    "weights_prefix",
     "write_checkpoint",
 ]

@@ -152,11 +152,6 @@ class Checkpointer:
         """Names of the folders that were set aside as damaged, now or earlier."""
         return self._agree(lambda: folders.list_damaged(self.folder) if self._rank == 0 else [])[0]
 
-    def read_meta(self, path: str) -> dict[str, Any]:
-        """The `meta` that was saved with checkpoint `path`; not collective."""
-        meta: dict[str, Any] = folders.read_manifest(path)["meta"]
-        return meta
-
     def load(self, path: str, tensors: dict[str, torch.Tensor], prefix: str = "") -> None:
         """Fill `tensors` in place, on any layout, from checkpoint `path`, checked first unless `newest` gave it.
 

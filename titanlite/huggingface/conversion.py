@@ -11,13 +11,12 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from titanlite.checkpoint import CheckpointReader, weights_prefix, write_checkpoint
+from titanlite.checkpoint import CheckpointReader, Meta, write_checkpoint
 from titanlite.config import Config, ModelConfig
 from titanlite.config.checks import check
 from titanlite.config.dump import toml_value
@@ -34,7 +33,7 @@ from titanlite.huggingface.architecture import (
 )
 from titanlite.huggingface.comparison import Verdict, compare_ids, compare_logits, sample_tokens
 from titanlite.huggingface.tokenizer_files import import_tokenizer, read_json, write_json, write_tokenizer
-from titanlite.loading import config_of, newest_checkpoint, tokenizer_of
+from titanlite.loading import config_of, find_checkpoint, tokenizer_of, weights_prefix
 from titanlite.tokenizer import Tokenizer
 
 Read = Callable[[str], Tensor]
@@ -76,10 +75,10 @@ def to_hf(
     use_ema: with the average of the weights in their place.
     Raises ValueError or OSError, one line; there is no `out` then.
     """
-    path, meta = newest_checkpoint(checkpoint, {})
-    config = config_of(path, meta)
-    tokenizer = tokenizer_of(path, meta, config, tokenizer_path)
-    prefix = weights_prefix(path, meta, use_ema)
+    found = find_checkpoint(checkpoint, {})
+    path, config = found.path, config_of(found)
+    tokenizer = tokenizer_of(found, config, tokenizer_path)
+    prefix = weights_prefix(found, use_ema)
     model = config.model
     saved = empty_parameters(model, getattr(torch, config.training.dtype))
     shapes = empty_parameters(model, dtype)
@@ -141,9 +140,8 @@ def from_hf(source: str, out: str, how: str) -> list[str]:
             tokenizer=TokenizerConfig(os.path.join(final, "tokenizer")) if tokenizer else TokenizerConfig(),
             training=TrainingConfig(dtype="float64" if wide else "float32", seq_len=imported.max_positions),
         )
-        meta: dict[str, Any] = {"step": 0, "config": asdict(config), "imported": "from a Hugging Face folder"}
-        if tokenizer:
-            meta["corpus"] = {"tokenizer": tokenizer.fingerprint}
+        fingerprint = tokenizer.fingerprint if tokenizer else ""
+        meta = Meta(0, asdict(config), fingerprint, imported="from a Hugging Face folder")
         advance = bar("writing", size)
 
         def load(key: str) -> Tensor:
@@ -152,7 +150,7 @@ def from_hf(source: str, out: str, how: str) -> list[str]:
             return tensor
 
         versions = {"torch": str(torch.__version__), "python": platform.python_version()}
-        path = write_checkpoint(folder, 0, shapes, load, meta, versions)
+        path = write_checkpoint(folder, 0, shapes, load, meta.to_json(), versions)
         reader = CheckpointReader(path)
         tokens = sample_tokens(tokenizer, model, imported.max_positions)
         verdict = compare_logits(
