@@ -17,6 +17,7 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sort
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "log": set(),
+    "files": set(),
     "model": {"config", "loss", "matmul"},
     "loss": {"config", "matmul"},
     "matmul": set(),
@@ -33,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "watchdog": {"log", "pulse", "signals"},
     "claim": {"log", "runtime"},
     "run_folder": {"checkpoint", "claim", "runtime", "watchdog"},
-    "data": {"config", "log", "tokenizer"},
+    "data": {"config", "files", "log", "tokenizer"},
     "parallel": {"config", "log", "model", "sharding"},
 }
 # Each may import all rooms and the ones before it.

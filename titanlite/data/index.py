@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from titanlite.data.files import shown
-from titanlite.data.lock import open_lock, remove_leftovers, temporary_prefix, try_lock
+from titanlite.files import open_lock, remove_leftovers, temporary_prefix, try_lock
 from titanlite.log import logger
 
 _FORMAT = 1  # part of the key: a new format never reads an old file

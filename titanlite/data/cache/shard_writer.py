@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from titanlite.data.cache.shards import BLOCK_BYTES, Header, Portion
-from titanlite.data.lock import open_lock, remove_leftovers, temporary_prefix, try_lock
+from titanlite.files import open_lock, remove_leftovers, temporary_prefix, try_lock
 
 _SPOOL_BYTES = 1 << 24  # of a shard's table; more of it goes to a file without a name
 _COPY_BYTES = 1 << 20
