@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
+from tqdm import trange
 
 from benchmarks.common import circumstances, command_line, publish
 from benchmarks.throughput.measure import in_processes
@@ -58,7 +59,7 @@ def measure(case: Case, argument: tuple[int, int]) -> dict[str, list[Step]]:
         nonlocal backward_ended
         backward_ended = time.perf_counter()
 
-    for number in range(WARMUP_STEPS + steps):
+    for number in trange(WARMUP_STEPS + steps, desc="a step of each", disable=dist.get_rank() != 0):
         for name in NAMES if number % 2 else reversed(NAMES):
             trainers[name].on_gradients = note
             dist.barrier()
