@@ -19,10 +19,10 @@ from torchdata.nodes.loader import LoaderIterator
 
 from tests.tiny_run import metrics, write_config
 from titanlite.data.loader import Batch
+from titanlite.files import read_json, write_json
 from titanlite.job import Job
 from titanlite.loss import OutputHead
 from titanlite.model import selfcheck
-from titanlite.runtime import read_json, write_json
 from titanlite.train import main
 
 

@@ -19,6 +19,7 @@ from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, Meta
 from titanlite.config import Config, diff, dump_toml
 from titanlite.data.feed import EndOfData
 from titanlite.data.loader import Batch
+from titanlite.files import write_json
 from titanlite.loading import Found, decide_start
 from titanlite.log import logger
 from titanlite.membership import MARGIN_SECONDS, SAVING_SECONDS, Membership
@@ -27,7 +28,7 @@ from titanlite.opening import compare_data, open_data
 from titanlite.profiling import Profiling
 from titanlite.report import Report
 from titanlite.run_folder import RunFolder
-from titanlite.runtime import PeerLost, RunFailed, agree, agreed, describe_environment, write_json
+from titanlite.runtime import PeerLost, RunFailed, agree, agreed, describe_environment
 from titanlite.trainer import StepResult, Trainer
 from titanlite.validation import open_validation
 from titanlite.watchdog import Watchdog

@@ -31,7 +31,6 @@ TensorBoard tags, over the optimiser step (the names in metrics.jsonl are the sa
 
 import json
 import math
-import os
 import re
 import resource
 import sys
@@ -47,6 +46,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from titanlite.files import replacing
 from titanlite.log import logger
 
 
@@ -158,9 +158,8 @@ def _open_after(path: Path, start_step: int) -> TextIO:
     A line that cannot be read (a write cut off by a kill or a full disk) is left out with a warning. The shorter file
     replaces the old one in one rename: a kill at any moment leaves one or the other.
     """
-    temporary = path.with_name(path.name + ".tmp")
     if path.exists():
-        with open(path, "rb") as old, open(temporary, "wb") as new:
+        with open(path, "rb") as old, replacing(path) as new:
             for number, line in enumerate(old, 1):
                 try:
                     keep = json.loads(line)["step"] <= start_step
@@ -169,9 +168,6 @@ def _open_after(path: Path, start_step: int) -> TextIO:
                     logger.warning("%s, line %d: left out, it was not written whole", path, number)
                 if keep:
                     new.write(line.rstrip(b"\n") + b"\n")
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(temporary, path)
     return open(path, "a", buffering=1, encoding="utf-8")
 
 

@@ -10,8 +10,11 @@ import torch.distributed as dist
 
 from titanlite.checkpoint import list_steps
 from titanlite.claim import Claim, claim_run_folder
-from titanlite.runtime import write_json
+from titanlite.files import remove_leftovers, write_json
 from titanlite.watchdog import Verdict, Watchdog
+
+RUN_FILES = ("status.json", "env.json", "corpus.json", "metrics.jsonl", "cursor.jsonl")
+"""Of the run folder, which are replaced whole."""
 
 
 class RunFolder:
@@ -29,6 +32,9 @@ class RunFolder:
     def held(self) -> Iterator[None]:
         """Hold it for this job; from then on the watchdog may write the status. Collective; raises RunFailed."""
         with claim_run_folder(self.path, self._taken_over) as self._claim:
+            if self._claim is not None:
+                for name in RUN_FILES:
+                    remove_leftovers(self.path / name)
             self._held = True
             yield
 

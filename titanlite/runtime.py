@@ -4,7 +4,6 @@ It knows nothing about training: callers say what happened.
 """
 
 import ctypes
-import json
 import os
 import platform
 import socket
@@ -30,21 +29,6 @@ class RunFailed(Exception):
 
 class PeerLost(RunFailed):
     """Another rank died or failed: each rank that is left says so, for nobody knows which ones are."""
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace `path` by `content`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote; empty where nothing was written yet."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
 
 
 def keep_freed_memory() -> None:

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from titanlite.files import sync_folder
 from titanlite.log import logger
 
 FORMAT_VERSION = 1
@@ -88,7 +89,7 @@ def begin(folder: str, step: int, needed: int) -> str:
     """Path of a new empty folder to write a checkpoint of about `needed` bytes into; removes dead attempts first."""
     if not os.path.isdir(folder):
         os.makedirs(folder)
-        _fsync_folder(os.path.dirname(os.path.abspath(folder)))
+        sync_folder(os.path.dirname(os.path.abspath(folder)))
     final = os.path.join(folder, step_name(step))
     if os.path.lexists(final) and (os.path.islink(final) or not os.path.isdir(final)):
         raise CheckpointError(f"{final}: in the way, and no folder that a checkpoint made: move it away")
@@ -137,7 +138,7 @@ def commit(
         stream.write(b'{"crc32": "%08x",\n' % zlib.crc32(body) + body)
         stream.flush()
         os.fsync(stream.fileno())
-    _fsync_folder(path)
+    sync_folder(path)
     folder = os.path.dirname(path)
     check_owner()
     for other, other_path in list_steps(folder).items():
@@ -145,7 +146,7 @@ def commit(
             set_aside(other_path, "old", f"the run now continues from step {step}")
     final = os.path.join(folder, step_name(step))
     os.rename(path, final)
-    _fsync_folder(folder)
+    sync_folder(folder)
     return final
 
 
@@ -179,7 +180,7 @@ def set_aside(path: str, label: str, reason: str) -> None:
     folder, name = os.path.split(path)
     aside = os.path.join(folder, f".{label}-{name}-{_token()}")
     os.rename(path, aside)
-    _fsync_folder(folder)
+    sync_folder(folder)
     logger.warning("checkpoint %s is set aside as %s: %s", path, os.path.basename(aside), reason)
 
 
@@ -254,11 +255,3 @@ def _crc32(file: str, advance: Callable[[int], object]) -> str:
 
 def _token() -> str:
     return uuid.uuid4().hex[:8]
-
-
-def _fsync_folder(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

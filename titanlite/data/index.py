@@ -10,7 +10,6 @@ import mmap
 import os
 import struct
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from titanlite.data.files import shown
-from titanlite.files import open_lock, remove_leftovers, temporary_prefix, try_lock
+from titanlite.files import open_lock, remove_leftovers, replacing, try_lock
 from titanlite.log import logger
 
 _FORMAT = 1  # part of the key: a new format never reads an old file
@@ -137,33 +136,21 @@ def _heed(stop: Callable[[], bool], path: str) -> None:
 
 
 def _build(path: str, size: int, key: bytes, index_path: str, stop: Callable[[], bool], clean_up: bool) -> None:
-    """Write the index under a name of its own, then rename it: a reader sees all of it or nothing."""
     if clean_up:
         remove_leftovers(index_path)
-    folder = os.path.dirname(index_path)
-    handle, temporary = tempfile.mkstemp(prefix=temporary_prefix(index_path), suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(bytes(_HEADER.size))
-            start, before = time.monotonic(), stamp(path)
-            crc, num_records = 0, -1
-            for bounds in _scan(path, size):
-                _heed(stop, path)
-                crc = zlib.crc32(bounds.data, crc)
-                num_records += len(bounds)
-                out.write(bounds.data)
-            if stamp(path) != before:  # the samples in its name may not show it: the index would pass for good
-                raise ValueError(f"{shown(path)} changed while it was indexed; start again once it is complete")
-            out.seek(0)
-            out.write(_HEADER.pack(_MAGIC, key, size, num_records, _checksum(crc, num_records)))
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from the group that shares the folder
-        os.replace(temporary, index_path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with replacing(index_path) as out:
+        out.write(bytes(_HEADER.size))
+        start, before = time.monotonic(), stamp(path)
+        crc, num_records = 0, -1
+        for bounds in _scan(path, size):
+            _heed(stop, path)
+            crc = zlib.crc32(bounds.data, crc)
+            num_records += len(bounds)
+            out.write(bounds.data)
+        if stamp(path) != before:  # the samples in its name may not show it: the index would pass for good
+            raise ValueError(f"{shown(path)} changed while it was indexed; start again once it is complete")
+        out.seek(0)
+        out.write(_HEADER.pack(_MAGIC, key, size, num_records, _checksum(crc, num_records)))
     logger.info(f"indexed {shown(path)}: {num_records:,} records, {size:,} bytes in {time.monotonic() - start:.1f} s")
 
 

@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from titanlite.data.cache.shards import BLOCK_BYTES, Header, Portion
-from titanlite.files import open_lock, remove_leftovers, temporary_prefix, try_lock
+from titanlite.files import open_lock, remove_leftovers, replacing, try_lock
 
 _SPOOL_BYTES = 1 << 24  # of a shard's table; more of it goes to a file without a name
 _COPY_BYTES = 1 << 20
@@ -57,26 +57,15 @@ def write_shard(
     path = os.path.join(folder, portion.name)
     if clean_up:
         remove_leftovers(path)
-    handle, temporary = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as out, _spool(folder) as table, _spool(folder) as bad:
-            builder = _Builder(out, table, bad, portion, width)
-            reported = 0
-            for document in documents:
-                builder.add(document)
-                if builder.text_bytes - reported >= _REPORT_BYTES:
-                    reported = builder.text_bytes
-                    yield reported
-            builder.finish()
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide it from the group that shares the folder
-        os.replace(temporary, path)
-        _sync(folder)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as out, _spool(folder) as table, _spool(folder) as bad:
+        builder = _Builder(out, table, bad, portion, width)
+        reported = 0
+        for document in documents:
+            builder.add(document)
+            if builder.text_bytes - reported >= _REPORT_BYTES:
+                reported = builder.text_bytes
+                yield reported
+        builder.finish()
 
 
 class _Builder:
@@ -149,12 +138,3 @@ def _parts(spool: IO[bytes]) -> Iterator[bytes]:
     spool.seek(0)
     while part := spool.read(_COPY_BYTES):
         yield part
-
-
-def _sync(folder: str) -> None:
-    """Make a rename last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
