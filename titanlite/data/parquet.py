@@ -93,12 +93,14 @@ class Parquet(OpenFile):
     def sizes(self, records: np.ndarray) -> np.ndarray:
         return self._row_bytes[np.searchsorted(self._first, records, side="right") - 1]
 
-    def read(self, record: int, check: bool) -> memoryview | None:
-        group = int(np.searchsorted(self._first, record, side="right")) - 1
+    def places(self, records: np.ndarray) -> np.ndarray:
+        """Row group of each record, and its row there: int64 [n, 2], for `read`."""
+        groups = np.searchsorted(self._first, records, side="right") - 1
+        return np.stack([groups, records - self._first[groups]], axis=1)
+
+    def read(self, group: int, row: int) -> memoryview | None:
         column = self._row_groups.get((self.file.path, group), self._decoding, lambda: self._decode(group))
-        if check:
-            self.check()
-        return self._content(column, record - int(self._first[group]), group)
+        return self._content(column, row, group)
 
     def stream(self) -> Iterator[memoryview | None]:
         """All rows in order, in the memory of a row group as it is stored. Not for an object that threads share."""

@@ -126,7 +126,10 @@ class Source:
     def read(self, document: int) -> str:
         """The document's text, by random access. Raises RecordError for bytes that hold none, else SourceError."""
         assert self.numbering is not None
-        text = self._text(*self.numbering.place(document), check=True)
+        text = next(self.texts(np.array([document])))
+        _, changed = self.unchanged(np.array([document]))
+        if changed is not None:
+            raise changed
         if isinstance(text, RecordError):
             raise text
         return text
@@ -136,8 +139,13 @@ class Source:
         not looked at; ask `unchanged` after the last of them."""
         assert self.numbering is not None
         files, records = self.numbering.places(documents)
-        for f, record in zip(files.tolist(), records.tolist(), strict=True):
-            yield self._text(f, record, check=False)
+        places = np.full((len(documents), 2), -1)
+        for f in np.unique(files[self._has_records[files]]).tolist():
+            here = files == f
+            with contextlib.suppress(OSError, ValueError):  # reading meets the error again and reports it
+                places[here] = self._open(f).places(records[here])
+        for f, record, place in zip(files.tolist(), records.tolist(), places.tolist(), strict=True):
+            yield self._text(f, record, place)
 
     def unchanged(self, documents: np.ndarray) -> tuple[int, SourceError | None]:
         """How many of the documents, which were read just now, lie before the first of a file that has changed since
@@ -246,11 +254,10 @@ class Source:
         except OSError as error:
             raise ValueError(f"{self._key}.paths: {shown(self.files[f].path)}: {_unreadable(error)}") from error
 
-    def _text(self, f: int, record: int, check: bool) -> str | RecordError:
-        """check: whether the file is still what it was."""
+    def _text(self, f: int, record: int, place: list[int]) -> str | RecordError:
         file = self.files[f]
         try:
-            raw = read_text(file) if file.kind in _WHOLE else self._open(f).read(record, check)
+            raw = read_text(file) if file.kind in _WHOLE else self._open(f).read(*place)
         except (OSError, ValueError) as error:
             raise SourceError(f"{self.locate(f, record)}: {_unreadable(error)}") from error
         return self._decode(raw, f, record)

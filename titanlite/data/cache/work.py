@@ -20,6 +20,7 @@ from titanlite.data.index import cache_folder, stamp
 from titanlite.data.source import RecordError, Source, SourceError
 from titanlite.data.stream import DocumentEncoder, encode_or_raise, num_text_bytes
 
+_DOCUMENTS = 1024  # read at once
 _PAUSE = 0.1  # seconds until a process looks again whether another has finished
 
 
@@ -73,19 +74,20 @@ class Job:
 
 
 def records(source: Source, portion: Portion) -> Iterator[tuple[int, int, str | RecordError]]:
-    """(file, record of the file, text) of all that a portion holds, in order."""
+    """(file, record of the file, text) of all that a portion holds, in order. Raises SourceError for what cannot be
+    read, and after the documents that were read of a file that has changed."""
     if portion.documents is None:
         for file in portion.files:
             for record, text in enumerate(source.records(file)):
                 yield file, record, text
         return
     assert source.numbering is not None
-    for document in portion.documents:
-        place = source.numbering.place(document)
-        try:
-            yield *place, source.read(document)
-        except RecordError as bad:
-            yield *place, bad
+    for start in portion.documents[::_DOCUMENTS]:
+        documents = np.arange(start, min(start + _DOCUMENTS, portion.documents.stop))
+        files, numbers = source.numbering.places(documents)
+        yield from zip(files.tolist(), numbers.tolist(), source.texts(documents), strict=True)
+        if changed := source.unchanged(documents)[1]:
+            raise changed
 
 
 def _tokenise(
