@@ -22,7 +22,7 @@ from benchmarks.common import circumstances, command_line, publish
 from benchmarks.throughput.work import EOS, Case, rows_of
 from titanlite.model import build_documents
 from titanlite.model.attention import attend
-from titanlite.model.flex import document_mask_mod
+from titanlite.model.ops.flex import document_mask_mod
 
 HEADS, KV_HEADS = 8, 4
 THREADS = 2

@@ -8,7 +8,9 @@ from pathlib import Path
 
 def circumstances(command: str, work: str) -> str:
     """Lines of a report: hardware, with how the work used it, then versions, commit and command."""
-    from titanlite.runtime import describe_environment  # imports torch, which processes that only tokenise do without
+    from titanlite.run.agreement import (
+        describe_environment,  # imports torch, which processes that only tokenise do without
+    )
 
     environment = describe_environment()
     changes = " with uncommitted changes" if environment["git_changes"] else ""

@@ -24,10 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.common import circumstances, command_line, publish
 from benchmarks.throughput.measure import CONTENDERS, in_processes
 from benchmarks.throughput.work import EOS, Case, Contender, document_lengths, rows_of
-from titanlite import loss
 from titanlite.config import load_config
-from titanlite.metrics import peak_flops
 from titanlite.model import build_documents, flops_per_token
+from titanlite.model.ops import cross_entropy as loss
+from titanlite.run.metrics import peak_flops
 
 WARMUP_STEPS = 3
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")

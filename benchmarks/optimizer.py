@@ -25,7 +25,7 @@ from benchmarks.throughput.work import EOS, Case, rows_of
 from titanlite.config import ModelConfig, load_config
 from titanlite.model import num_parameters
 from titanlite.parallel.mesh import build_mesh
-from titanlite.runtime import keep_freed_memory
+from titanlite.run.agreement import keep_freed_memory
 from titanlite.trainer import Trainer
 
 BOUND = 1.15

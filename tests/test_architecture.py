@@ -13,78 +13,54 @@ from titanlite.config.schema import SECTIONS
 PACKAGE = Path(__file__).parent.parent / "titanlite"
 FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
-# Room -> rooms of ours that it may import. Rooms besides these may import what stands above them; verbs everything.
-ROOMS: dict[str, set[str]] = {
-    "config": set(),
-    "log": set(),
-    "files": set(),
-    "model": {"config", "loss", "matmul"},
-    "loss": {"config", "matmul"},
-    "matmul": set(),
-    "tokenizer": {"config", "log"},
-    "sharding": set(),
-    "muon": {"sharding"},
-    "optim": {"config", "log", "muon"},
-    "checkpoint": {"config", "files", "log"},
-    "metrics": {"config", "files", "log"},
-    "profiling": {"config", "log"},
-    "runtime": {"config", "log"},
-    "signals": set(),
-    "pulse": set(),
-    "watchdog": {"log", "pulse", "signals"},
-    "claim": {"log", "runtime"},
-    "run_folder": {"checkpoint", "claim", "files", "runtime", "watchdog"},
-    "data": {"config", "files", "log", "tokenizer"},
-    "parallel": {"config", "log", "model", "sharding"},
-}
-# Each may import all rooms and the ones before it.
-ASSEMBLY = [
-    "trainer",
-    "loading",
-    "report",
-    "membership",
-    "opening",
-    "generation",
-    "validation",
-    "job",
-    "huggingface",
-    "isolation",
-    "invariance",
+# Imports go down: each layer may import the ones below it, and the rooms of a layer nothing of each other but as told.
+LAYERS: list[dict[str, set[str]]] = [
+    {name: {"inspection"} for name in ("cache", "convert", "generate", "parity", "plan", "show", "verify")},
+    {"train": {"job"}, "job": set(), "inspection": set()},
+    {"validation": {"loading", "opening"}, "loading": set(), "opening": set()},
+    {"trainer": set(), "report": {"trainer"}},
+    {"data": {"tokenizer"}, "parallel": {"model", "sharding"}},
+    {"model": set(), "checkpoint": set(), "tokenizer": set(), "optim": {"muon"}, "muon": {"sharding"}, "run": set()},
+    {"config": set(), "files": {"log"}, "log": set(), "sharding": set()},
 ]
-for i, name in enumerate(ASSEMBLY):
-    ROOMS[name] = {*ROOMS, *ASSEMBLY[:i]} - {name}
-ASSEMBLY.append("inspection")  # it takes the whole config and, of the rooms, only those that need no torch
-ROOMS["inspection"] = {"config", "log", "tokenizer", "data"}
-ROOMS["planning"] = {*ROOMS, *ASSEMBLY}
-ASSEMBLY.append("planning")
+COMMANDS = set(LAYERS[0])
+ROOMS = {
+    room: among | {lower for below in LAYERS[depth + 1 :] for lower in below}
+    for depth, layer in enumerate(LAYERS)
+    for room, among in layer.items()
+}
+ROOMS["data"] -= {"model", "checkpoint", "optim", "muon", "run"}  # data and its cache are read without torch
+ROOMS["inspection"] -= {"validation", "loading", "opening", "trainer", "report", "model", "checkpoint", "run"}
+ROOMS["model"] = {"config"}
+ROOMS["validation"] |= {"generate"}
+ROOMS["run"] |= {"checkpoint", "parallel"}
+WHOLE_CONFIG = {*COMMANDS, "train", "job", "inspection", "validation", "loading", "opening", "trainer", "report", "run"}
 
 # What is private in torch and used all the same: (file, name) -> why there is no public way.
 PRIVATE = {
-    ("model/sdpa.py", "_scaled_dot_product_flash_attention_for_cpu"): "autograd inside a custom op does nothing, so its"
+    (
+        "model/ops/sdpa.py",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    ): "autograd inside a custom op does nothing, so its"
     " forward saves the logsumexp for its backward; no public call returns it",
-    ("model/sdpa.py", "_scaled_dot_product_flash_attention_for_cpu_backward"): "as above",
-    ("matmul.py", "_linear_pointwise"): "the public calls give oneDNN no product in float32",
+    ("model/ops/sdpa.py", "_scaled_dot_product_flash_attention_for_cpu_backward"): "as above",
+    ("model/ops/matmul.py", "_linear_pointwise"): "the public calls give oneDNN no product in float32",
     ("parallel/apply.py", "_scaled_dot_product_flash_attention"): "the selective AC policy names ops to keep",
     ("parallel/apply.py", "_scaled_dot_product_efficient_attention"): "as above",
     ("parallel/apply.py", "_c10d_functional"): "as above",
     ("parallel/mesh.py", "_set_pg_timeout"): "no public call changes the timeout of a group that exists",
-    ("watchdog.py", "_current_frames"): "where another thread stands; the one interface, and a documented one",
-    ("watchdog.py", "_exit"): "ends a process whose main thread hangs; documented",
-    ("planning/meter.py", "_subclasses"): "FakeTensor lives there and nowhere else",
-    ("planning/meter.py", "_python_dispatch"): "TorchDispatchMode lives there and nowhere else, and is documented",
-    ("planning/step.py", "_subclasses"): "as FakeTensor",
-    ("profiling.py", "_record_memory_history"): "the only interface, and the documented one",
-    ("profiling.py", "_dump_snapshot"): "as above",
+    ("run/watchdog.py", "_current_frames"): "where another thread stands; the one interface, and a documented one",
+    ("run/watchdog.py", "_exit"): "ends a process whose main thread hangs; documented",
+    ("plan/meter.py", "_subclasses"): "FakeTensor lives there and nowhere else",
+    ("plan/meter.py", "_python_dispatch"): "TorchDispatchMode lives there and nowhere else, and is documented",
+    ("plan/step.py", "_subclasses"): "as FakeTensor",
+    ("run/profiling.py", "_record_memory_history"): "the only interface, and the documented one",
+    ("run/profiling.py", "_dump_snapshot"): "as above",
 }
 
 
 def room_of(path: str) -> str:
     return path.split("/")[0].removesuffix(".py")
-
-
-def is_verb(path: str, source: str) -> bool:
-    """Verbs are the files directly in the package that one can run."""
-    return "/" not in path and any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in ast.parse(source).body)
 
 
 def imports(path: str, source: str) -> Iterator[tuple[str, list[str]]]:
@@ -100,10 +76,10 @@ def imports(path: str, source: str) -> Iterator[tuple[str, list[str]]]:
 
 def forbidden_imports(path: str, source: str) -> Iterator[str]:
     room = room_of(path)
-    if path != "__init__.py" and not is_verb(path, source) and room not in ROOMS:
-        yield f"{path}: give this room a place in ROOMS or ASSEMBLY, or a main()"
+    if path != "__init__.py" and room not in ROOMS:
+        yield f"{path}: give this room a place in LAYERS"
         return
-    allowed = set(ROOMS) if is_verb(path, source) else ROOMS.get(room, set()) | {room}
+    allowed = ROOMS.get(room, set()) | {room}
     for module, names in imports(path, source):
         parts = module.split(".")
         if parts[0] != "titanlite":
@@ -113,7 +89,7 @@ def forbidden_imports(path: str, source: str) -> Iterator[str]:
         for other in [parts[1]] if len(parts) > 1 else names:
             if other not in allowed:
                 yield f"{path}: {room} may not import {other}"
-        if parts[1:2] == ["config"] and room not in ("config", *ASSEMBLY) and not is_verb(path, source):
+        if parts[1:2] == ["config"] and room not in {"config", *WHOLE_CONFIG}:
             sections = {section.__name__ for section in SECTIONS.values()} | {"source_configs"}
             yield from (f"{path}: {room} takes its section, not {n}" for n in names if n not in sections)
 
@@ -190,10 +166,10 @@ def test_no_private_name_is_listed_in_vain() -> None:
 @pytest.mark.parametrize(
     ("law", "path", "source"),
     [
-        (forbidden_imports, "model/llama.py", "from titanlite.log import logger"),
-        (forbidden_imports, "model/llama.py", "def f():\n    import titanlite.data.loader"),
-        (forbidden_imports, "model/llama.py", "from ..log import logger"),
-        (forbidden_imports, "model/llama.py", "from titanlite import trainer"),
+        (forbidden_imports, "model/transformer.py", "from titanlite.log import logger"),
+        (forbidden_imports, "model/transformer.py", "def f():\n    import titanlite.data.loader"),
+        (forbidden_imports, "model/transformer.py", "from ..log import logger"),
+        (forbidden_imports, "model/transformer.py", "from titanlite import trainer"),
         (forbidden_imports, "data/loader.py", "from titanlite.config import Config"),
         (forbidden_imports, "data/loader.py", "from titanlite.config.load import load_config"),
         (forbidden_imports, "data/loader.py", "from titanlite.model import Llama"),
@@ -201,10 +177,10 @@ def test_no_private_name_is_listed_in_vain() -> None:
         (forbidden_imports, "config/load.py", "from numpy import array"),
         (forbidden_imports, "config/load.py", "from titanlite.log import logger"),
         (forbidden_imports, "data/corpus.py", "from titanlite.inspection.seek import seek"),
-        (forbidden_imports, "inspection/accounts.py", "from titanlite.runtime import read_json"),
-        (forbidden_imports, "trainer.py", "from titanlite.job import Job"),
+        (forbidden_imports, "inspection/survey.py", "from titanlite.run.agreement import read_json"),
+        (forbidden_imports, "trainer.py", "from titanlite.validation import Validation"),
         (forbidden_imports, "trainer.py", "from titanlite.train import train"),
-        (forbidden_imports, "plan.py", "from titanlite.train import train\ndef main(): pass"),
+        (forbidden_imports, "plan/facts.py", "from titanlite.show.__main__ import main"),
         (forbidden_imports, "helpers.py", "x = 1"),
         (import_effects, "data/loader.py", "import logging\nlogging.basicConfig()"),
         (import_effects, "data/loader.py", "for x in range(3): print(x)"),

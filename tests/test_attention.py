@@ -13,8 +13,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tests.calls import Calls
 from tests.documents import EOS, may_see, qkv, tokens_of
-from titanlite.model import attention, sdpa
+from titanlite.model import attention
 from titanlite.model.attention import IGNORE_INDEX, attend, build_documents, realise, resolve_backend
+from titanlite.model.ops import sdpa
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
@@ -152,7 +153,7 @@ def test_a_packed_document_gets_the_bits_it_gets_alone(dtype: torch.dtype) -> No
 
 
 def test_the_private_flash_operations_have_the_signatures_that_sdpa_relies_on() -> None:
-    message = "torch changed a private CPU operation: adapt titanlite/model/sdpa.py, then this test"
+    message = "torch changed a private CPU operation: adapt titanlite/model/ops/sdpa.py, then this test"
     assert str(sdpa._flash._schema) == (
         "aten::_scaled_dot_product_flash_attention_for_cpu(Tensor query, Tensor key, Tensor value, float dropout_p=0.,"
         " bool is_causal=False, *, Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)"

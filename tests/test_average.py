@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tests.gloo import ranks
 from tests.test_parallel import CONFIG, EOS, batch, full, num_targets, with_
 from tests.tiny_run import state_of, write_config
-from titanlite import convert, generate
+from titanlite.convert import __main__ as convert
+from titanlite.generate import __main__ as generate
 from titanlite.loading import load_model
 from titanlite.optim import WeightAverage
 from titanlite.parallel.mesh import build_mesh

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.documents import EOS, may_see, qkv, tokens_of
-from titanlite.model import attention, flex
+from titanlite.model import attention
 from titanlite.model.attention import attend, build_documents
+from titanlite.model.ops import flex
 
 
 def starts_with_boundaries(boundaries: list[list[int]], seq_len: int) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.make_tokenizers import SHIPPED
 from tests.token_caches import leftovers, shard_files, write_jsonl
-from titanlite.cache import main
+from titanlite.cache.__main__ import main
 from titanlite.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent

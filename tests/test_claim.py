@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 from tests.lives import forked, until
-from titanlite import claim as claim_module
-from titanlite.claim import Claim, InUse
 from titanlite.log import logger
+from titanlite.run import claim as claim_module
+from titanlite.run.claim import Claim, InUse
 
 BEAT, SILENT = 0.1, 1.5
 

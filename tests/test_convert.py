@@ -22,10 +22,11 @@ from tests.gloo import ranks
 from tests.test_generate_verb import plain_model, save
 from tests.test_hugging_face import rotate_pairs
 from tests.tiny_run import metrics, state_of, text, write_config
-from titanlite import generate, train
+from titanlite import train
 from titanlite.checkpoint import Checkpointer, audit_checkpoint, read_manifest
 from titanlite.config import load_config
-from titanlite.convert import main
+from titanlite.convert.__main__ import main
+from titanlite.generate import __main__ as generate
 from titanlite.model import IGNORE_INDEX, build_documents, labels
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
@@ -271,7 +272,7 @@ import re, sys, torch
 def peak():  # getrusage would begin with that of the process that forked this one
     return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 torch.ones(3, dtype=torch.uint8).numpy()
-from titanlite.convert import main
+from titanlite.convert.__main__ import main
 verb, source, out, *options = sys.argv[1:]
 assert main([verb, f"small-{source}", f"small-{out}", *options]) == 0  # loads all code, and takes what any model takes
 before = peak()

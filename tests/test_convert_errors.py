@@ -19,8 +19,8 @@ from tests.gloo import ranks
 from tests.test_convert import convert, random_llama
 from tests.test_generate_verb import save
 from tests.tiny_run import write_config
-from titanlite.convert import main
-from titanlite.huggingface import safetensors
+from titanlite.convert import safetensors
+from titanlite.convert.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -264,7 +264,7 @@ def none(name, package=None):
     except ModuleNotFoundError:
         return None
 importlib.util.find_spec = none
-from titanlite.convert import main
+from titanlite.convert.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 

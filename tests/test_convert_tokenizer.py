@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.make_tokenizers import real_code, single_bytes, write_llama3_like, write_tokenizer
-from titanlite.huggingface import bpe
-from titanlite.huggingface.comparison import HOSTILE
-from titanlite.huggingface.tokenizer_files import import_tokenizer
-from titanlite.huggingface.tokenizer_files import write_tokenizer as export
+from titanlite.convert import bpe
+from titanlite.convert.comparison import HOSTILE
+from titanlite.convert.tokenizer_files import import_tokenizer
+from titanlite.convert.tokenizer_files import write_tokenizer as export
 from titanlite.tokenizer import PIECE_CHARS, Tokenizer
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "tokenizer"

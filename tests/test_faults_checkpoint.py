@@ -29,11 +29,11 @@ from tests.lives import lives
 from tests.test_checkpoint import disk_full_on, error_of, log_lines, make, state
 from tests.test_checkpoint_faults import cut, empty, flip, seal
 from tests.tiny_run import fingerprints, metrics, state_of, write_config
-from titanlite import verify
 from titanlite.checkpoint import Checkpointer, LostFolder, audit_checkpoint
 from titanlite.job import Job, Step
 from titanlite.train import main
 from titanlite.trainer import StepResult
+from titanlite.verify import __main__ as verify
 
 FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json")
 OLDER, NEWEST = "step-00000004", "step-00000008"

@@ -28,9 +28,9 @@ from titanlite import opening
 from titanlite.checkpoint import tensors as checkpoint_files
 from titanlite.config import DataConfig
 from titanlite.data.loader import Batch, Loader, build_loader
-from titanlite.run_folder import RunFolder
+from titanlite.run.folder import RunFolder
+from titanlite.run.watchdog import Watchdog
 from titanlite.trainer import Trainer
-from titanlite.watchdog import Watchdog
 
 RUN = {"training__steps": 24, "metrics__enable_tensorboard": False, "training__local_batch_size": 8}
 

@@ -11,9 +11,8 @@ from tests.cases import some_quick
 from tests.documents import EOS
 from tests.llamas import SCALED, TINY, VARIANTS, build
 from tests.test_hugging_face import hugging_face
-from titanlite.generation import decode
-from titanlite.generation.decode import generate, right_align
-from titanlite.model import KVCache, Llama, document_starts_from_lengths, realise
+from titanlite.model import KVCache, Llama, decode, document_starts_from_lengths, realise
+from titanlite.model.decode import generate, right_align
 
 CPU = torch.device("cpu")
 LENGTHS = [1, 2, 3, 5, 8, 13, 21, 34, 55, 64, 89, 100, 128, 144, 177, 200]

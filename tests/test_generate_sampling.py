@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.llamas import TINY, build
 from tests.make_tokenizers import SMALL, write_tokenizer
 from tests.test_generate import CPU, NEVER, prompts_of
-from titanlite.generation.decode import generate
-from titanlite.generation.sampling import Sampler, Sampling, distribution, draw, generators
+from titanlite.generate.sampling import Sampler, Sampling, distribution, draw, generators
+from titanlite.model.decode import generate
 from titanlite.tokenizer import Tokenizer
 
 

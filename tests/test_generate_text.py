@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.make_tokenizers import SHIPPED, SMALL, write_tokenizer
-from titanlite.generation.text import Continuation, GrowingText, Printer, encode_prompts, read_prompts
+from titanlite.generate.text import Continuation, GrowingText, Printer, encode_prompts, read_prompts
 from titanlite.tokenizer import Tokenizer
 
 

@@ -20,10 +20,10 @@ from tests.gloo import ranks
 from tests.make_tokenizers import single_bytes, write_tokenizer
 from tests.test_generate import without_cache
 from tests.tiny_run import state_of, text, write_config
-from titanlite import generate
 from titanlite.checkpoint import Checkpointer, CheckpointError, Meta, read_manifest
 from titanlite.config import Config, load_config
-from titanlite.generate import main
+from titanlite.generate import __main__ as generate
+from titanlite.generate.__main__ import main
 from titanlite.loading import Found, config_of, load_model
 from titanlite.model import Llama
 from titanlite.parallel.mesh import build_mesh
@@ -294,7 +294,7 @@ def test_a_mistake_in_the_command_line_is_one_line(
 
 
 def test_help_explains_every_option_without_torch() -> None:
-    program = "import sys; from titanlite.generate import main\n"
+    program = "import sys; from titanlite.generate.__main__ import main\n"
     program += "try: main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     for option in ("checkpoint", "prompt", "prompt_file", "max_new_tokens", "temperature", "top_k", "top_p", "seed"):

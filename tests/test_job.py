@@ -26,11 +26,11 @@ from tests.gloo import ranks
 from tests.tiny_run import fingerprints, metrics, write_config
 from titanlite import opening
 from titanlite.checkpoint import tensors as checkpoint_files
-from titanlite.claim import claim_run_folder
 from titanlite.data.loader import Loader, build_loader
 from titanlite.job import Job
-from titanlite.loss import OutputHead
-from titanlite.runtime import RunFailed, agreed
+from titanlite.model.ops.cross_entropy import OutputHead
+from titanlite.run.agreement import RunFailed, agreed
+from titanlite.run.claim import claim_run_folder
 from titanlite.train import main
 from titanlite.trainer import Trainer
 

@@ -21,8 +21,8 @@ from tests.tiny_run import metrics, write_config
 from titanlite.data.loader import Batch
 from titanlite.files import read_json, write_json
 from titanlite.job import Job
-from titanlite.loss import OutputHead
 from titanlite.model import selfcheck
+from titanlite.model.ops.cross_entropy import OutputHead
 from titanlite.train import main
 
 

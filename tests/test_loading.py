@@ -9,8 +9,9 @@ import pytest
 
 from tests.gloo import ranks
 from tests.tiny_run import write_config
-from titanlite import convert, generate
 from titanlite.checkpoint import CheckpointError, Meta
+from titanlite.convert import __main__ as convert
+from titanlite.generate import __main__ as generate
 from titanlite.loading import find_checkpoint
 from titanlite.tokenizer import Tokenizer
 from titanlite.train import main

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.calls import Calls
-from titanlite import matmul
-from titanlite.matmul import Linear
+from titanlite.model.ops import matmul
+from titanlite.model.ops.matmul import Linear
 from titanlite.parallel.apply import _selective_contexts
 
 needs_onednn = pytest.mark.skipif(not matmul._AVAILABLE, reason="a CPU without AVX-512, or a torch without oneDNN")

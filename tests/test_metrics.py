@@ -16,7 +16,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from titanlite.log import init_logging, logger
-from titanlite.metrics import (
+from titanlite.report import summary
+from titanlite.run.metrics import (
     RunLog,
     StepMetrics,
     Throughput,
@@ -24,7 +25,6 @@ from titanlite.metrics import (
     peak_flops,
     peak_memory_gib,
 )
-from titanlite.report import summary
 
 KEYS = [
     "step",

@@ -27,7 +27,7 @@ from titanlite.model import (
     initial_mean_std,
     num_parameters,
 )
-from titanlite.model.norm import RMSNorm
+from titanlite.model.ops.norm import RMSNorm
 from titanlite.model.rope import apply_rope, inverse_frequencies, rope_rotations
 
 # Documents

@@ -25,19 +25,19 @@ from tests.tiny_run import descendants, text, write_config
 from titanlite import opening, validation
 from titanlite import trainer as trainer_module
 from titanlite.config import CompileConfig, Config
-from titanlite.generation import decode
-from titanlite.invariance import ending, recording
-from titanlite.invariance.comparison import Difference, Run, compare, listed, relative_difference
-from titanlite.invariance.ending import NUM_GENERATED, NUM_PROMPTS, EndRecord, note_end
-from titanlite.invariance.launch import RanksFailed, run_ranks
-from titanlite.invariance.layouts import Layout, read_layouts
-from titanlite.invariance.recording import RankRecord, StepRecord, record
-from titanlite.invariance.sketches import random_tensor, sketch
 from titanlite.job import Job
-from titanlite.model import Documents, Llama, build_documents, kv_cache, labels, llama
+from titanlite.model import Documents, Llama, build_documents, decode, kv_cache, labels
+from titanlite.model import transformer as llama
 from titanlite.model.attention import realise
 from titanlite.parallel.mesh import Mesh
-from titanlite.parity import main
+from titanlite.parity import ending, recording
+from titanlite.parity.__main__ import main
+from titanlite.parity.comparison import Difference, Run, compare, listed, relative_difference
+from titanlite.parity.ending import NUM_GENERATED, NUM_PROMPTS, EndRecord, note_end
+from titanlite.parity.launch import RanksFailed, run_ranks
+from titanlite.parity.layouts import Layout, read_layouts
+from titanlite.parity.recording import RankRecord, StepRecord, record
+from titanlite.parity.sketches import random_tensor, sketch
 from titanlite.trainer import StepResult, Trainer
 
 STEPS, BOUND = 2, 1e-9

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from titanlite.config import ProfilingConfig
-from titanlite.profiling import Profiling
+from titanlite.run.profiling import Profiling
 
 CPU = torch.device("cpu")
 

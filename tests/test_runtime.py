@@ -8,7 +8,7 @@ import torch
 
 PAGES_TOUCHED = """
 import resource, sys, torch
-from titanlite.runtime import keep_freed_memory
+from titanlite.run.agreement import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from tests import tiny_run
 from tests.naive_stream import dealt_rows
-from titanlite import show
 from titanlite.config import Config, dump_toml, load_config
 from titanlite.data.cache.reader import CachedReader
 from titanlite.data.corpus import open_corpus, open_rows
@@ -33,7 +32,8 @@ from titanlite.inspection import seek as seek_module
 from titanlite.inspection.seek import _jump as jump
 from titanlite.inspection.seek import seek, trained_lengths
 from titanlite.inspection.transcript import escaped, pieces_of
-from titanlite.metrics import RunLog
+from titanlite.run.metrics import RunLog
+from titanlite.show import __main__ as show
 from titanlite.tokenizer import Tokenizer
 
 STEPS, ROWS, SEQ_LEN = 9, 4, 48
@@ -533,7 +533,7 @@ def test_documents_of_all_formats_are_placed(tmp_path: Path, capsys: pytest.Capt
 def measured(*arguments: object) -> tuple[str, float]:
     """What a process of its own prints that ends with a list of the modules it imported, and its processor seconds."""
     code = (
-        "import sys; from titanlite.show import main; code = main(sys.argv[1:]);"
+        "import sys; from titanlite.show.__main__ import main; code = main(sys.argv[1:]);"
         "print([m for m in ('torch', 'pyarrow', 'tensorboard') if m in sys.modules]); sys.exit(code)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -27,12 +27,12 @@ from titanlite.data.corpus import open_corpus
 from titanlite.data.loader import build_loader
 from titanlite.data.validation_set import ValidationSet, build_validation_set, validation_sources
 from titanlite.model import Documents, Llama, realise
-from titanlite.runtime import RunFailed
+from titanlite.run.agreement import RunFailed
 from titanlite.tokenizer import Tokenizer
 from titanlite.train import main
 from titanlite.trainer import Trainer
 from titanlite.validation import Polling, result
-from titanlite.verify import main as verify
+from titanlite.verify.__main__ import main as verify
 
 FLOAT64 = {"training__dtype": "float64", "activation_checkpoint__mode": "selective"}
 IDS = {byte[0]: rank for rank, byte in enumerate(single_bytes())}
@@ -479,7 +479,7 @@ def test_isolation_is_proven_of_its_rows_too(tmp_path: Path, capsys: pytest.Capt
     for backend in ("sdpa", "dense"):
         (row,) = [line.split() for line in lines if line.split()[:2] == ["validation", backend]]
         assert row[6:] == ["same", "same", "same", "-"]
-    with patch("titanlite.isolation.results.build_documents", all_one_document):
+    with patch("titanlite.verify.isolation_results.build_documents", all_one_document):
         assert verify(arguments) == 1
     assert "NOT ISOLATED: validation, sdpa: " in capsys.readouterr().out
 

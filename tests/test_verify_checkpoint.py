@@ -19,7 +19,7 @@ from tests.test_checkpoint_faults import Planted, seal
 from tests.tiny_run import write_config
 from titanlite import train
 from titanlite.checkpoint import audit_checkpoint
-from titanlite.verify import main
+from titanlite.verify.__main__ import main
 
 NEWEST = "step-00000004"
 FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json")
@@ -241,7 +241,9 @@ def test_a_folder_without_checkpoints_is_no_success(tmp_path: Path, capsys: pyte
 
 
 def test_help_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    script = "import sys; from titanlite.verify import main; print(main(['--help'])); print('torch' in sys.modules)"
+    script = (
+        "import sys; from titanlite.verify.__main__ import main; print(main(['--help'])); print('torch' in sys.modules)"
+    )
     told = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -251,7 +253,7 @@ def test_help_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_no_process_group_and_no_model_is_needed(run: Path) -> None:
     script = (
-        "import sys; from titanlite.verify import main; import torch.distributed as dist\n"
+        "import sys; from titanlite.verify.__main__ import main; import torch.distributed as dist\n"
         "dist.init_process_group = dist.new_group = None\n"
         f"assert main(['checkpoint', {str(run)!r}]) == 0\n"
         "assert not [name for name in sys.modules if name.startswith(('titanlite.model', 'titanlite.parallel'))]"

@@ -28,12 +28,12 @@ from titanlite.data.source import open_source
 from titanlite.data.stream import Documents, SourceCursor, StreamedReader
 from titanlite.data.windows import BestFit, Dealing, Split, Window, fingerprint_part, row_digest
 from titanlite.inspection import seek
-from titanlite.inspection.census import Census
-from titanlite.inspection.proof import plain_fingerprint
-from titanlite.inspection.tally import account_of, pieces_of
-from titanlite.metrics import RunLog
+from titanlite.run.metrics import RunLog
 from titanlite.tokenizer import Tokenizer
-from titanlite.verify import main
+from titanlite.verify.__main__ import main
+from titanlite.verify.census import Census
+from titanlite.verify.proof import plain_fingerprint
+from titanlite.verify.tally import account_of, pieces_of
 
 SEQ_LEN, ROWS, STEPS = 48, 4, 12
 BEGIN_AND_END = 2  # tokens; of the rest each is a byte
@@ -198,7 +198,7 @@ def test_every_epoch_reached_is_looked_at(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_both_accounts_of_any_row_agree(packing: str, epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of 0 to 9 tokens in rows of 4: every way in which an edge can lie."""
-    monkeypatch.setattr("titanlite.inspection.tally._BLOCK", 64)
+    monkeypatch.setattr("titanlite.verify.tally._BLOCK", 64)
     lengths = np.random.default_rng(0).integers(0, 10, 300)
     census = Census(lengths, np.where(lengths > 0, np.arange(300) + 1, 0), np.zeros(300, bool), lengths, [])
     rows = rows_of(lengths.tolist(), packing, 4, 35, seed=1, max_epochs=epochs, order=DocumentOrder(300, 1, 16))
@@ -329,9 +329,7 @@ def rank_1_sees_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wrong_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "titanlite.inspection.proof.fingerprint_part", lambda digests, first: fingerprint_part(digests, 0)
-    )
+    monkeypatch.setattr("titanlite.verify.proof.fingerprint_part", lambda digests, first: fingerprint_part(digests, 0))
 
 
 PLACE = r"document \d+ \(.*a\.jsonl:\d+\)"
@@ -525,7 +523,7 @@ def test_the_plain_fingerprint_is_that_of_the_definition() -> None:
 def test_files_without_random_access_are_read_again_only_up_to_a_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("titanlite.inspection.proof._SEQUENTIAL_BYTES", 10)
+    monkeypatch.setattr("titanlite.verify.proof._SEQUENTIAL_BYTES", 10)
     path = write(tmp_path, **mixture(tmp_path))
     assert run(path) == 0, capsys.readouterr().err
     assert re.search(r"piece by piece: \d+ by their cache alone, \d+ by their text\n", capsys.readouterr().out)

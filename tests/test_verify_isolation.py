@@ -18,16 +18,17 @@ from tests.documents import EOS, tokens_of
 from tests.tiny_run import write_config
 from titanlite.config import Config, load_config
 from titanlite.data.loader import Batch, build_loader
-from titanlite.isolation import results
-from titanlite.isolation.compare import Comparison, build_model, compare
-from titanlite.isolation.paths import Kept, choose_documents, noisy
-from titanlite.isolation.results import measure
-from titanlite.model import document_starts, kv_cache, llama, realise
-from titanlite.model.norm import RMSNorm
+from titanlite.model import document_starts, kv_cache, realise
+from titanlite.model import transformer as llama
+from titanlite.model.ops.norm import RMSNorm
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer
-from titanlite.verify import main
+from titanlite.verify import isolation_results as results
+from titanlite.verify.__main__ import main
+from titanlite.verify.isolation import Comparison, build_model, compare
+from titanlite.verify.isolation_paths import Kept, choose_documents, noisy
+from titanlite.verify.isolation_results import measure
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import pytest
 from tests.gloo import free_port
 from tests.lives import forked, until
 from titanlite.parallel.mesh import init_process_group
-from titanlite.watchdog import Watchdog
+from titanlite.run.watchdog import Watchdog
 
 PACKAGE = Path(__file__).parent.parent / "titanlite"
 
@@ -92,7 +92,7 @@ def test_a_rank_whose_launcher_died_before_it_could_look_ends_in_seconds(tmp_pat
 
 WATCHED = """
 import os, signal, time
-from titanlite.watchdog import Watchdog
+from titanlite.run.watchdog import Watchdog
 dog = Watchdog()
 dog.set_timeout({timeout}, "comm.train_timeout_seconds")
 dog.mark("working", 7)

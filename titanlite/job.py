@@ -22,16 +22,16 @@ from titanlite.data.loader import Batch
 from titanlite.files import write_json
 from titanlite.loading import Found, decide_start
 from titanlite.log import logger
-from titanlite.membership import MARGIN_SECONDS, SAVING_SECONDS, Membership
 from titanlite.model import check_rule, labels, num_parameters
 from titanlite.opening import compare_data, open_data
-from titanlite.profiling import Profiling
 from titanlite.report import Report
-from titanlite.run_folder import RunFolder
-from titanlite.runtime import PeerLost, RunFailed, agree, agreed, describe_environment
+from titanlite.run.agreement import PeerLost, RunFailed, agree, agreed, describe_environment
+from titanlite.run.folder import RunFolder
+from titanlite.run.joining import MARGIN_SECONDS, SAVING_SECONDS, Membership
+from titanlite.run.profiling import Profiling
+from titanlite.run.watchdog import Watchdog
 from titanlite.trainer import StepResult, Trainer
 from titanlite.validation import open_validation
-from titanlite.watchdog import Watchdog
 
 
 @dataclass(frozen=True)

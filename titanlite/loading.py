@@ -21,7 +21,7 @@ from titanlite.log import logger
 from titanlite.model import Llama
 from titanlite.parallel.apply import apply_tp
 from titanlite.parallel.mesh import Mesh
-from titanlite.runtime import agreed
+from titanlite.run.agreement import agreed
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import param_dtype
 

@@ -18,12 +18,12 @@ from titanlite.data.loader import Loader, build_loader
 from titanlite.data.validation_set import ValidationSet, build_validation_set, validation_sources
 from titanlite.files import read_json
 from titanlite.log import logger
-from titanlite.metrics import peak_flops
 from titanlite.model import flops_per_token
 from titanlite.parallel.mesh import Mesh
-from titanlite.runtime import agree_on, agreed
+from titanlite.run.agreement import agree_on, agreed
+from titanlite.run.metrics import peak_flops
+from titanlite.run.watchdog import Watchdog
 from titanlite.tokenizer import Tokenizer
-from titanlite.watchdog import Watchdog
 
 
 def open_data(

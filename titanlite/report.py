@@ -18,9 +18,9 @@ from torch import Tensor
 from titanlite.config import Config
 from titanlite.data.loader import Batch
 from titanlite.log import logger
-from titanlite.metrics import RunLog, StepMetrics, Throughput, peak_flops, peak_memory_gib
 from titanlite.model import flops_per_token
-from titanlite.runtime import RunFailed
+from titanlite.run.agreement import RunFailed
+from titanlite.run.metrics import RunLog, StepMetrics, Throughput, peak_flops, peak_memory_gib
 from titanlite.trainer import StepResult, Trainer
 
 _MEAN_STEPS = 10

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from titanlite.config import Config, ConfigError, load_config
 from titanlite.files import read_json
 from titanlite.log import init_logging, logger
-from titanlite.watchdog import Watchdog
+from titanlite.run.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from titanlite.job import Job
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     init_logging(rank)
     watchdog = Watchdog(config.comm.grace_seconds)
     # From here on torch is imported, which takes seconds: a config error should not.
-    from titanlite.runtime import PeerLost, RunFailed, keep_freed_memory
+    from titanlite.run.agreement import PeerLost, RunFailed, keep_freed_memory
 
     status = read_json(Path(config.job.dump_folder) / "status.json")
     done = status.get("state") == "finished" and status["step"] >= config.training.steps

@@ -23,19 +23,19 @@ from titanlite.checkpoint import Checkpointer, CheckpointError, list_steps
 from titanlite.config import Config
 from titanlite.data.corpus import Corpus
 from titanlite.data.validation_set import ValidationSet
-from titanlite.generation.decode import generate
-from titanlite.generation.text import encode_prompts
+from titanlite.generate.text import encode_prompts
 from titanlite.loading import Found, check_tokenizer, find_together, load_weights
 from titanlite.log import logger
-from titanlite.membership import SAVING_SECONDS, Membership
 from titanlite.model import Llama, build_documents, check_backend, labels, resolve_backend
+from titanlite.model.decode import generate
 from titanlite.opening import load_tokenizer, open_validation_set
 from titanlite.parallel.mesh import Mesh
 from titanlite.report import Report
-from titanlite.runtime import PeerLost, RunFailed, agreed
+from titanlite.run.agreement import PeerLost, RunFailed, agreed
+from titanlite.run.joining import SAVING_SECONDS, Membership
+from titanlite.run.watchdog import Watchdog
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer, build_model, param_dtype
-from titanlite.watchdog import Watchdog
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.throughput.work import Case, document_lengths
-from titanlite.matmul import matmul
+from titanlite.model.ops.matmul import matmul
 
 HEAD_CHUNK = 512
 """Tokens whose logits exist at once. The whole batch's do not fit the caches, and the products are slower."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.step_overhead import Seconds, timed
 from benchmarks.throughput import floors, ours, peers
 from benchmarks.throughput.work import Case, Contender, rows_of
-from titanlite.runtime import keep_freed_memory
+from titanlite.run.agreement import keep_freed_memory
 
 WARMUP_STEPS = 1
 CONTENDERS: dict[str, Callable[[Case, Tensor], Contender]] = {

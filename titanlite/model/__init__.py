@@ -11,8 +11,8 @@ from titanlite.model.attention import (
     resolve_backend,
 )
 from titanlite.model.kv_cache import KVCache
-from titanlite.model.llama import Llama, flops_per_token, initial_mean_std, num_parameters
 from titanlite.model.selfcheck import check_backend, check_rule
+from titanlite.model.transformer import Llama, flops_per_token, initial_mean_std, num_parameters
 
 __all__ = [
     "IGNORE_INDEX",

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from titanlite.loss import IGNORE_INDEX
-from titanlite.model.flex import BLOCK, document_block_mask, flex_document_attention
-from titanlite.model.sdpa import document_attention
+from titanlite.model.ops.cross_entropy import IGNORE_INDEX
+from titanlite.model.ops.flex import BLOCK, document_block_mask, flex_document_attention
+from titanlite.model.ops.sdpa import document_attention
 
 if TYPE_CHECKING:
     from titanlite.model.kv_cache import LayerCache

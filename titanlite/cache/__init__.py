@@ -1,0 +1,1 @@
+"""Writing a token cache, and looking after what lies in the cache folder."""

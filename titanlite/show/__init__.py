@@ -1,0 +1,1 @@
+"""What a step saw, and what is in a corpus."""
