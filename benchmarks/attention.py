@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.common import circumstances, command_line, publish
 from benchmarks.throughput.work import EOS, Case, rows_of
-from titanlite.model import build_documents
-from titanlite.model.attention import attend
+from titanlite.model.attention import attend, build_documents
 from titanlite.model.ops.flex import document_mask_mod
 
 HEADS, KV_HEADS = 8, 4

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, Shard
 from benchmarks.common import circumstances, command_line, publish
 from titanlite.checkpoint import Checkpointer
 from titanlite.config import ModelConfig
-from titanlite.model import Llama
+from titanlite.model.transformer import Llama
 
 MODELS = {
     "100 MB": ModelConfig(),

@@ -25,8 +25,9 @@ from benchmarks.common import circumstances, command_line, publish
 from benchmarks.throughput.measure import CONTENDERS, in_processes
 from benchmarks.throughput.work import EOS, Case, Contender, document_lengths, rows_of
 from titanlite.config import load_config
-from titanlite.model import build_documents, flops_per_token
+from titanlite.model.attention import build_documents
 from titanlite.model.ops import cross_entropy as loss
+from titanlite.model.transformer import flops_per_token
 from titanlite.run.metrics import peak_flops
 
 WARMUP_STEPS = 3

@@ -208,7 +208,7 @@ class Ordered:
         self._held = torch.from_numpy(self._set.rows)
 
     def step(self, rows: Any, step: int) -> None:
-        from titanlite.model import labels
+        from titanlite.model.documents import labels
 
         self.trainer.train_step(rows, int((labels(rows, self.eos_id) >= 0).sum()))
 

@@ -23,7 +23,7 @@ from benchmarks.throughput.ours import config_of
 from benchmarks.throughput.report import Bound
 from benchmarks.throughput.work import EOS, Case, rows_of
 from titanlite.config import ModelConfig, load_config
-from titanlite.model import num_parameters
+from titanlite.model.transformer import num_parameters
 from titanlite.parallel.mesh import build_mesh
 from titanlite.run.agreement import keep_freed_memory
 from titanlite.trainer import Trainer

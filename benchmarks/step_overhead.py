@@ -39,7 +39,9 @@ from titanlite.config import (
     TrainingConfig,
 )
 from titanlite.job import Job
-from titanlite.model import Documents, Llama, build_documents, labels, num_parameters
+from titanlite.model.attention import Documents, build_documents
+from titanlite.model.documents import labels
+from titanlite.model.transformer import Llama, num_parameters
 from titanlite.trainer import param_dtype
 
 BOUND = 1.05

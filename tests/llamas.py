@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tests.documents import EOS
 from titanlite.config import ModelConfig
-from titanlite.model import Llama, build_documents, initial_mean_std
+from titanlite.model.attention import build_documents
+from titanlite.model.transformer import Llama, initial_mean_std
 
 TINY = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=61)
 SCALED = {"rope_theta": 10000.0, "rope_scaling_factor": 8.0, "rope_original_max_seq_len": 32}

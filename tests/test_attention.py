@@ -13,8 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tests.calls import Calls
 from tests.documents import EOS, may_see, qkv, tokens_of
-from titanlite.model import attention
-from titanlite.model.attention import IGNORE_INDEX, attend, build_documents, realise, resolve_backend
+from titanlite.model.attention import attend, build_documents, realise, resolve_backend
+from titanlite.model.documents import IGNORE_INDEX, document_starts, document_starts_from_lengths, labels
 from titanlite.model.ops import sdpa
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -47,7 +47,7 @@ def with_gradients(call: Callable[..., Tensor], inputs: list[Tensor]) -> list[Te
 def test_starts_positions_and_labels_follow_from_eos(rows: list[list[int]]) -> None:
     tokens = torch.tensor(rows)
     documents = build_documents(tokens[:, :-1], EOS, "sdpa")
-    targets = attention.labels(tokens, EOS)
+    targets = labels(tokens, EOS)
     for b, row in enumerate(rows):
         for i in range(8):
             start = next(j for j in range(i + 1) if may_see(row, i, j))
@@ -58,13 +58,13 @@ def test_starts_positions_and_labels_follow_from_eos(rows: list[list[int]]) -> N
 
 
 def test_starts_from_lengths_take_eos_as_content_and_pads_as_documents() -> None:
-    starts = attention.document_starts_from_lengths([[3, 1, 2], [4], []], 6)
+    starts = document_starts_from_lengths([[3, 1, 2], [4], []], 6)
     assert starts.tolist() == [[0, 0, 0, 3, 4, 4], [0, 0, 0, 0, 4, 5], [0, 1, 2, 3, 4, 5]]
     tokens = tokens_of([[3, 1, 2], [4, 1, 1]], 6)
-    assert torch.equal(attention.document_starts(tokens, EOS), starts[:2])
+    assert torch.equal(document_starts(tokens, EOS), starts[:2])
     for lengths in ([4, 3], [0, 6], [-1, 2]):
         with pytest.raises(ValueError, match="do not fit a row of 6 tokens"):
-            attention.document_starts_from_lengths([lengths], 6)
+            document_starts_from_lengths([lengths], 6)
 
 
 # The realisations
@@ -103,7 +103,7 @@ def test_backend_equals_the_definition(backend: str, rows: list, seq_len: int, d
 
 @pytest.mark.parametrize("length", [sdpa._BFLOAT16_BACKWARD_FROM - 1, sdpa._BFLOAT16_BACKWARD_FROM])
 def test_both_bfloat16_backwards_agree_with_float64(length: int) -> None:
-    documents = realise(attention.document_starts_from_lengths([[length]], length), "sdpa")
+    documents = realise(document_starts_from_lengths([[length]], length), "sdpa")
     inputs = qkv(1, length, 2, 1, torch.bfloat16)
     got = with_gradients(functools.partial(attend, documents=documents), inputs)
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -167,7 +167,7 @@ def test_the_private_flash_operations_have_the_signatures_that_sdpa_relies_on() 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operation_keeps_its_promises_to_torch(dtype: torch.dtype) -> None:
-    starts = attention.document_starts(tokens_of([[5, 9, 2], [1, 5, 9]], 16), EOS)
+    starts = document_starts(tokens_of([[5, 9, 2], [1, 5, 9]], 16), EOS)
     torch.library.opcheck(sdpa.document_attention, (*qkv(2, 16, 4, 2, dtype), starts))
     out, lse = sdpa.document_attention(*qkv(2, 16, 4, 2, dtype), starts)
     assert (out.requires_grad, lse.requires_grad) == (True, False)

@@ -19,8 +19,8 @@ from benchmarks.throughput.measure import Times, in_processes, run_case
 from benchmarks.throughput.report import Bound, Results, bounds, report
 from benchmarks.throughput.work import EOS, MODEL, Case, document_lengths, rows_of
 from titanlite.config import ModelConfig, load_config
-from titanlite.model import num_parameters
-from titanlite.model.attention import document_starts
+from titanlite.model.documents import document_starts
+from titanlite.model.transformer import num_parameters
 from titanlite.tokenizer import Tokenizer
 
 TINY = ModelConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=48, vocab_size=128)

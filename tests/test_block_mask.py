@@ -12,15 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.documents import EOS, may_see, qkv, tokens_of
-from titanlite.model import attention
 from titanlite.model.attention import attend, build_documents
+from titanlite.model.documents import document_starts, document_starts_from_lengths
 from titanlite.model.ops import flex
 
 
 def starts_with_boundaries(boundaries: list[list[int]], seq_len: int) -> Tensor:
     rows = [sorted({0, seq_len, *(b for b in row if b < seq_len)}) for row in boundaries]
     lengths = [[b - a for a, b in itertools.pairwise(row)] for row in rows]
-    return attention.document_starts_from_lengths(lengths, seq_len)
+    return document_starts_from_lengths(lengths, seq_len)
 
 
 @given(
@@ -52,7 +52,7 @@ def test_block_mask_is_the_one_that_torch_finds_by_evaluating_every_pair(boundar
 
 def test_mask_mod_is_the_definition() -> None:
     tokens = tokens_of([[5, 1, 6, 4], [1, 15]], 16)
-    mask_mod = flex.document_mask_mod(attention.document_starts(tokens, EOS))
+    mask_mod = flex.document_mask_mod(document_starts(tokens, EOS))
     index = torch.arange(16)
     for b, row in enumerate(tokens.tolist()):
         got = mask_mod(torch.tensor(b), torch.tensor(0), index[:, None], index)
@@ -70,7 +70,7 @@ def test_a_block_mask_of_64k_tokens_allocates_nothing_of_that_square() -> None:
             return out
 
     seq_len = 65536
-    starts = attention.document_starts(torch.arange(seq_len).unsqueeze(0) % 600, EOS)
+    starts = document_starts(torch.arange(seq_len).unsqueeze(0) % 600, EOS)
     with Largest():
         flex.document_block_mask(starts)
     assert seq_len <= Largest.numel < 2 * (seq_len // flex.BLOCK) ** 2

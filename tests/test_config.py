@@ -523,7 +523,7 @@ def test_degrees_agree_with_trying_all_of_them() -> None:
 def test_shipped_configs_load_and_state_their_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from titanlite.model import Llama
+    from titanlite.model.transformer import Llama
 
     for world_size in (1, 2, 8):
         monkeypatch.setenv("WORLD_SIZE", str(world_size))

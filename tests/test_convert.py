@@ -27,7 +27,8 @@ from titanlite.checkpoint import Checkpointer, audit_checkpoint, read_manifest
 from titanlite.config import load_config
 from titanlite.convert.__main__ import main
 from titanlite.generate import __main__ as generate
-from titanlite.model import IGNORE_INDEX, build_documents, labels
+from titanlite.model.attention import build_documents
+from titanlite.model.documents import IGNORE_INDEX, labels
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer
@@ -345,7 +346,7 @@ def test_what_the_training_verb_made_on_2_x_2_ranks_ships(tmp_path: Path) -> Non
 
 def plain_model_of(folder: Path) -> Any:
     """As plain_model, for the step at which the debug config ends here."""
-    from titanlite.model import Llama
+    from titanlite.model.transformer import Llama
 
     config = load_config(["--job.config_file", str(folder / "config.toml")])
     state = state_of(folder / "run" / "checkpoint" / "step-00000030", folder)

@@ -11,8 +11,11 @@ from tests.cases import some_quick
 from tests.documents import EOS
 from tests.llamas import SCALED, TINY, VARIANTS, build
 from tests.test_hugging_face import hugging_face
-from titanlite.model import KVCache, Llama, decode, document_starts_from_lengths, realise
-from titanlite.model.decode import generate, right_align
+from titanlite.model import decode
+from titanlite.model.attention import realise
+from titanlite.model.decode import KVCache, generate, right_align
+from titanlite.model.documents import document_starts_from_lengths
+from titanlite.model.transformer import Llama
 
 CPU = torch.device("cpu")
 LENGTHS = [1, 2, 3, 5, 8, 13, 21, 34, 55, 64, 89, 100, 128, 144, 177, 200]

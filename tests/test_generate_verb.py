@@ -25,7 +25,7 @@ from titanlite.config import Config, load_config
 from titanlite.generate import __main__ as generate
 from titanlite.generate.__main__ import main
 from titanlite.loading import Found, config_of, load_model
-from titanlite.model import Llama
+from titanlite.model.transformer import Llama
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer

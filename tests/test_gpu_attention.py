@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titanlite.config import ModelConfig
-from titanlite.model import Llama, build_documents, document_starts_from_lengths, initial_mean_std, labels, realise
-from titanlite.model.attention import attend
+from titanlite.model.attention import attend, build_documents, realise
+from titanlite.model.documents import document_starts_from_lengths, labels
+from titanlite.model.transformer import Llama, initial_mean_std
 
 DEVICE, BACKEND, EOS = "cuda", "flex", 0
 # Compilers and kernels warn of what they please on some cards; these tests judge results.

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tests.documents import EOS
 from tests.llamas import build, logits_of, tokens_with_documents, variants
 from titanlite.config import ModelConfig
-from titanlite.model import IGNORE_INDEX, Llama, labels
+from titanlite.model.documents import IGNORE_INDEX, labels
+from titanlite.model.transformer import Llama
 
 
 def rotate_pairs(weight: Tensor, heads: int) -> Tensor:

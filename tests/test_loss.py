@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.gloo import ranks
+from titanlite.model.documents import IGNORE_INDEX
 from titanlite.model.ops import cross_entropy as loss_module
-from titanlite.model.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from titanlite.model.ops.cross_entropy import linear_cross_entropy
 from titanlite.model.ops.matmul import matmul
 
 Results = tuple[Tensor, Tensor, Tensor]

@@ -20,15 +20,10 @@ from tests.documents import EOS
 from tests.gloo import ranks
 from tests.llamas import SCALED, TINY, VARIANTS, build, logits_of, tokens_with_documents, variants
 from titanlite.config import ModelConfig
-from titanlite.model import (
-    Llama,
-    build_documents,
-    flops_per_token,
-    initial_mean_std,
-    num_parameters,
-)
+from titanlite.model.attention import build_documents
 from titanlite.model.ops.norm import RMSNorm
 from titanlite.model.rope import apply_rope, inverse_frequencies, rope_rotations
+from titanlite.model.transformer import Llama, flops_per_token, initial_mean_std, num_parameters
 
 # Documents
 

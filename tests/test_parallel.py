@@ -24,7 +24,8 @@ from titanlite.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from titanlite.model import Llama, build_documents, initial_mean_std
+from titanlite.model.attention import build_documents
+from titanlite.model.transformer import Llama, initial_mean_std
 from titanlite.parallel.init import init_weights
 from titanlite.parallel.mesh import build_mesh
 from titanlite.trainer import Trainer

@@ -26,9 +26,11 @@ from titanlite import opening, validation
 from titanlite import trainer as trainer_module
 from titanlite.config import CompileConfig, Config
 from titanlite.job import Job
-from titanlite.model import Documents, Llama, build_documents, decode, kv_cache, labels
+from titanlite.model import decode
 from titanlite.model import transformer as llama
-from titanlite.model.attention import realise
+from titanlite.model.attention import Documents, build_documents, realise
+from titanlite.model.documents import labels
+from titanlite.model.transformer import Llama
 from titanlite.parallel.mesh import Mesh
 from titanlite.parity import ending, recording
 from titanlite.parity.__main__ import main
@@ -273,14 +275,14 @@ def blind_validation(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 def shifted_under_the_cache(patch: pytest.MonkeyPatch, rank: int) -> None:
     """One rank counts the positions of new tokens, and not those of prompts, from 1."""
-    exact = kv_cache.realise_next
+    exact = decode.realise_next
 
     def realise_next(starts: Tensor, begin: int, *caches: Any) -> Documents:
         documents = exact(starts, begin, *caches)
         return replace(documents, positions=documents.positions + (begin > 0))
 
     if rank == 1:
-        patch.setattr(kv_cache, "realise_next", realise_next)
+        patch.setattr(decode, "realise_next", realise_next)
 
 
 def seen_padding(patch: pytest.MonkeyPatch, rank: int) -> None:

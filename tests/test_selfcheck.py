@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.documents import EOS, tokens_of
-from titanlite.model import check_backend, check_rule, selfcheck
+from titanlite.model import selfcheck
+from titanlite.model.selfcheck import check_backend, check_rule
 
 CPU = torch.device("cpu")
 

@@ -26,7 +26,8 @@ from titanlite.config import Config, load_config
 from titanlite.data.corpus import open_corpus
 from titanlite.data.loader import build_loader
 from titanlite.data.validation_set import ValidationSet, build_validation_set, validation_sources
-from titanlite.model import Documents, Llama, realise
+from titanlite.model.attention import Documents, realise
+from titanlite.model.transformer import Llama
 from titanlite.run.agreement import RunFailed
 from titanlite.tokenizer import Tokenizer
 from titanlite.train import main

@@ -18,8 +18,10 @@ from tests.documents import EOS, tokens_of
 from tests.tiny_run import write_config
 from titanlite.config import Config, load_config
 from titanlite.data.loader import Batch, build_loader
-from titanlite.model import document_starts, kv_cache, realise
+from titanlite.model import decode
 from titanlite.model import transformer as llama
+from titanlite.model.attention import realise
+from titanlite.model.documents import document_starts
 from titanlite.model.ops.norm import RMSNorm
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
@@ -201,11 +203,11 @@ def caches_see_each_other(right: Callable) -> Callable:
 @pytest.mark.parametrize(
     ("where", "name", "plant", "kinds"),
     [
-        (kv_cache, "realise_next", the_pads_are_seen, {"logits"}),
-        (kv_cache, "realise_next", positions_count_pads, {"positions"}),
-        (kv_cache.LayerCache, "append", caches_see_each_other, {"logits"}),
+        (decode, "realise_next", the_pads_are_seen, {"logits"}),
+        (decode, "realise_next", positions_count_pads, {"positions"}),
+        (decode.LayerCache, "append", caches_see_each_other, {"logits"}),
         pytest.param(
-            *(kv_cache, "realise_next", positions_begin_again_under_a_cache, {"positions"}), marks=pytest.mark.slow
+            *(decode, "realise_next", positions_begin_again_under_a_cache, {"positions"}), marks=pytest.mark.slow
         ),
         pytest.param(llama, "attend", rows_see_each_other, {"logits"}, marks=pytest.mark.slow),
     ],

@@ -22,7 +22,9 @@ from titanlite.data.loader import Batch
 from titanlite.files import write_json
 from titanlite.loading import Found, decide_start
 from titanlite.log import logger
-from titanlite.model import check_rule, labels, num_parameters
+from titanlite.model.documents import labels
+from titanlite.model.selfcheck import check_rule
+from titanlite.model.transformer import num_parameters
 from titanlite.opening import compare_data, open_data
 from titanlite.report import Report
 from titanlite.run.agreement import PeerLost, RunFailed, agree, agreed, describe_environment

@@ -18,7 +18,7 @@ from titanlite.config import Config, ModelConfig
 from titanlite.config.degrees import divisors, listed
 from titanlite.config.schema import SCHEMA, from_tables, from_toml, schema_name, to_tables
 from titanlite.log import logger
-from titanlite.model import Llama
+from titanlite.model.transformer import Llama
 from titanlite.parallel.apply import apply_tp
 from titanlite.parallel.mesh import Mesh
 from titanlite.run.agreement import agreed

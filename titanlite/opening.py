@@ -18,7 +18,7 @@ from titanlite.data.loader import Loader, build_loader
 from titanlite.data.validation_set import ValidationSet, build_validation_set, validation_sources
 from titanlite.files import read_json
 from titanlite.log import logger
-from titanlite.model import flops_per_token
+from titanlite.model.transformer import flops_per_token
 from titanlite.parallel.mesh import Mesh
 from titanlite.run.agreement import agree_on, agreed
 from titanlite.run.metrics import peak_flops

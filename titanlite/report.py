@@ -18,7 +18,7 @@ from torch import Tensor
 from titanlite.config import Config
 from titanlite.data.loader import Batch
 from titanlite.log import logger
-from titanlite.model import flops_per_token
+from titanlite.model.transformer import flops_per_token
 from titanlite.run.agreement import RunFailed
 from titanlite.run.metrics import RunLog, StepMetrics, Throughput, peak_flops, peak_memory_gib
 from titanlite.trainer import StepResult, Trainer

@@ -11,7 +11,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grads_with_norm_
 
 from titanlite.config import Config
-from titanlite.model import Llama, build_documents, check_backend, initial_mean_std, labels, resolve_backend
+from titanlite.model.attention import build_documents, resolve_backend
+from titanlite.model.documents import labels
+from titanlite.model.selfcheck import check_backend
+from titanlite.model.transformer import Llama, initial_mean_std
 from titanlite.optim import NonFiniteGuard, WeightAverage, build_optimizer, learning_rate, local_square_sum, set_lr
 from titanlite.parallel.apply import parallelize
 from titanlite.parallel.init import init_weights

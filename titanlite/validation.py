@@ -26,8 +26,11 @@ from titanlite.data.validation_set import ValidationSet
 from titanlite.generate.text import encode_prompts
 from titanlite.loading import Found, check_tokenizer, find_together, load_weights
 from titanlite.log import logger
-from titanlite.model import Llama, build_documents, check_backend, labels, resolve_backend
+from titanlite.model.attention import build_documents, resolve_backend
 from titanlite.model.decode import generate
+from titanlite.model.documents import labels
+from titanlite.model.selfcheck import check_backend
+from titanlite.model.transformer import Llama
 from titanlite.opening import load_tokenizer, open_validation_set
 from titanlite.parallel.mesh import Mesh
 from titanlite.report import Report

@@ -12,7 +12,7 @@ from titanlite.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from titanlite.model import labels
+from titanlite.model.documents import labels
 from titanlite.parallel.mesh import build_mesh
 from titanlite.trainer import Trainer
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.throughput.ours import Titanlite
 from benchmarks.throughput.work import BETAS, EOS, LR, MAX_NORM, WEIGHT_DECAY, Case
 from titanlite.convert.architecture import their_name, to_their_order
-from titanlite.model import build_documents
+from titanlite.model.attention import build_documents
 
 
 class Loop:

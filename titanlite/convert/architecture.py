@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from titanlite.config import ModelConfig
-from titanlite.model import Llama
+from titanlite.model.transformer import Llama
 
 _SIZES = {  # theirs -> ours; without a default in either world
     "hidden_size": "dim",

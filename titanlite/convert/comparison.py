@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from titanlite.config import ModelConfig
-from titanlite.model import Llama, document_starts_from_lengths, num_parameters, realise
+from titanlite.model.attention import realise
+from titanlite.model.documents import document_starts_from_lengths
+from titanlite.model.transformer import Llama, num_parameters
 from titanlite.tokenizer import Tokenizer
 
 _TOKENS, _ROW = 256, 128

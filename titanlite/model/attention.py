@@ -1,53 +1,39 @@
-"""The document rule: where each document of a row begins. Mask, positions and ignored targets follow from it.
+"""Attention within documents: what a batch's document starts mean for positions and masks, and who attends to whom.
 
-Owns the vector of document starts, int64 [B, S]: for each token the index at which its document begins in its row.
-Token i attends to token j iff starts[i] <= j <= i. Nothing else in titanlite may guess a boundary. The realisations
-(`sdpa`, `flex`, and the dense mask here) take their facts from the starts; tests compare each with the definition.
+Owns the choice between the realisations (`sdpa`, `flex`, and the dense mask here). All take their facts from the
+starts; tests compare each with the definition.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from titanlite.model.ops.cross_entropy import IGNORE_INDEX
+from titanlite.model.documents import document_starts
 from titanlite.model.ops.flex import BLOCK, document_block_mask, flex_document_attention
 from titanlite.model.ops.sdpa import document_attention
 
-if TYPE_CHECKING:
-    from titanlite.model.kv_cache import LayerCache
 
+class LayerCache:
+    """Keys and values of one layer. Head counts, type and device follow from the first keys: a rank may hold some of
+    the heads."""
 
-def document_starts(tokens: Tensor, eos_id: int) -> Tensor:
-    """Starts of tokens [B, S]: a document begins with each row and after each eos, which ends its own document."""
-    index = torch.arange(tokens.shape[1], device=tokens.device)
-    begins = F.pad(tokens[:, :-1] == eos_id, (1, 0))
-    return torch.where(begins, index, 0).cummax(1).values
+    def __init__(self, max_len: int) -> None:
+        self.max_len, self.length = max_len, 0
+        self.keys = self.values = torch.empty(0)
 
-
-def document_starts_from_lengths(lengths: Sequence[Sequence[int]], seq_len: int, *, pad_left: bool = False) -> Tensor:
-    """Starts of rows with documents of the given lengths in tokens; what they leave of a row, behind or before them, is
-    padding, and each pad a document of its own. For text in which eos is content. Raises ValueError when a row's
-    lengths do not fit."""
-    starts = torch.arange(seq_len).repeat(len(lengths), 1)
-    for row, row_lengths in zip(starts, lengths, strict=True):
-        if min(row_lengths, default=1) < 1 or sum(row_lengths) > seq_len:
-            raise ValueError(f"document lengths {list(row_lengths)} do not fit a row of {seq_len} tokens")
-        begin = seq_len - sum(row_lengths) if pad_left else 0
-        for length in row_lengths:
-            row[begin : begin + length] = begin
-            begin += length
-    return starts
-
-
-def labels(rows: Tensor, eos_id: int) -> Tensor:
-    """Targets of rows [B, S + 1]: [B, S], the next token of each, or IGNORE_INDEX where that begins a document."""
-    begins = document_starts(rows, eos_id) == torch.arange(rows.shape[1], device=rows.device)
-    return rows[:, 1:].masked_fill(begins[:, 1:], IGNORE_INDEX)
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take k and v [B, KV, S, D] of the next S columns; those of all columns so far, [B, KV, length, D]."""
+        if self.length == 0:
+            shape = (*k.shape[:2], self.max_len, k.shape[3])
+            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+        end = self.length + k.shape[2]
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 @dataclass(frozen=True)
@@ -66,10 +52,10 @@ class Documents:
     mask: BlockMask | Tensor | None
     """flex: the block mask. dense: bool [B, 1, S, S], true where a query may see a key ([B, 1, S, all columns so far]
     with a cache). sdpa: none."""
-    caches: "tuple[LayerCache, ...]" = ()
+    caches: tuple[LayerCache, ...] = ()
     """Where these are columns of rows that go on: keys and values of each layer, which holds those of the columns
     before. Else empty."""
-    cache: "LayerCache | None" = None
+    cache: LayerCache | None = None
     """That of the layer which got this."""
 
     def of_layer(self, number: int) -> "Documents":
@@ -88,7 +74,7 @@ def realise(starts: Tensor, backend: str) -> Documents:
     return Documents(starts, index - starts, backend, mask)
 
 
-def realise_next(starts: Tensor, begin: int, caches: "tuple[LayerCache, ...]") -> Documents:
+def realise_next(starts: Tensor, begin: int, caches: tuple[LayerCache, ...]) -> Documents:
     """Documents of the columns from `begin` on, of rows with these starts whose earlier columns are in the caches.
 
     Positions go on from theirs. The backend is dense: one query has nothing to gain from blocks.

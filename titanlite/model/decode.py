@@ -1,8 +1,9 @@
-"""Continues a batch of prompts token by token with a KV cache.
+"""Continues a batch of prompts token by token with a cache of keys and values.
 
 Prompts of different length are right-aligned: each stands behind padding, and its document begins where its length
 says. So the document rule gives masks and positions, whatever ids pads have and whether a prompt holds an eos. Owns
-this layout of a batch. Refuses to choose tokens: its caller does.
+this layout of a batch, and the cache: its memory is taken once for the longest row that may come, and it is filled with
+the columns of a batch from the left. Refuses to choose tokens (its caller does), to be rewound, and gradients.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titanlite.model import KVCache, Llama, document_starts_from_lengths
+from titanlite.model.attention import Documents, LayerCache, realise_next
+from titanlite.model.documents import document_starts_from_lengths
+from titanlite.model.transformer import Llama
 
 PREFILL_COLUMNS = 512
 """Columns of the prompts that go through the model at once, so that masks and activations stay small."""
+
+
+class KVCache:
+    """Of all layers, for rows whose documents begin at `starts` [B, max_len], also those that are not yet written."""
+
+    def __init__(self, starts: Tensor, num_layers: int) -> None:
+        self.starts, self.length = starts, 0
+        self.layers = tuple(LayerCache(starts.shape[1]) for _ in range(num_layers))
+
+    def next(self, num_columns: int) -> Documents:
+        """Documents of the next columns of the rows; the model must be called with their tokens, once."""
+        begin, self.length = self.length, self.length + num_columns
+        assert self.length <= self.starts.shape[1], f"a cache for {self.starts.shape[1]} columns, not {self.length}"
+        return realise_next(self.starts[:, : self.length], begin, self.layers)
 
 
 def right_align(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titanlite.model.attention import attend, document_starts, document_starts_from_lengths, realise
+from titanlite.model.attention import attend, realise
+from titanlite.model.documents import document_starts, document_starts_from_lengths
 
 
 def check_rule(rows: Tensor, packed: Sequence[np.ndarray], eos_id: int) -> None:

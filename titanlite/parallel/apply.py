@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titanlite.config import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
-from titanlite.model import Llama
+from titanlite.model.transformer import Llama
 from titanlite.parallel.mesh import Mesh
 
 

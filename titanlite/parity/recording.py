@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from titanlite.config import Config, ValidationConfig
 from titanlite.job import Job, Step
-from titanlite.model import Documents
+from titanlite.model.attention import Documents
 from titanlite.parity.ending import EndRecord, note_end
 from titanlite.parity.sketches import Sketches, random_tensor, sketch, sketch_parameter, whole_tensor
 from titanlite.run.agreement import RunFailed

@@ -8,7 +8,7 @@ from titanlite.config import Config, resolve_degrees
 from titanlite.config.sections import ActivationCheckpointConfig
 from titanlite.data.cache.writer import WritingStopped
 from titanlite.data.corpus import open_corpus
-from titanlite.model import flops_per_token, num_parameters
+from titanlite.model.transformer import flops_per_token, num_parameters
 from titanlite.plan.extension import SHALLOW, footprint
 from titanlite.plan.step import Footprint, fake_ranks, fake_step
 from titanlite.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Partial
 
 from titanlite.config import Config
-from titanlite.model import resolve_backend
+from titanlite.model.attention import resolve_backend
 from titanlite.model.ops.cross_entropy import CHUNK_LOGITS
 from titanlite.parallel.mesh import Mesh, build_mesh
 from titanlite.plan.meter import MemoryMeter

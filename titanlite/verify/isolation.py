@@ -13,7 +13,9 @@ from functools import partial
 import torch
 
 from titanlite.config import Config
-from titanlite.model import IGNORE_INDEX, Llama, initial_mean_std, labels, resolve_backend
+from titanlite.model.attention import resolve_backend
+from titanlite.model.documents import IGNORE_INDEX, labels
+from titanlite.model.transformer import Llama, initial_mean_std
 from titanlite.parallel.apply import apply_activation_checkpoint, apply_compile
 from titanlite.parallel.init import init_weights
 from titanlite.tokenizer import Tokenizer

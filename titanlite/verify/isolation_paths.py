@@ -14,8 +14,8 @@ from titanlite.config import Config
 from titanlite.data.corpus import open_corpus
 from titanlite.data.loader import build_loader
 from titanlite.data.validation_set import build_validation_set, validation_sources
-from titanlite.model import check_rule
 from titanlite.model.decode import right_align
+from titanlite.model.selfcheck import check_rule
 from titanlite.tokenizer import Tokenizer
 
 _SEARCHED_ROWS = 1000

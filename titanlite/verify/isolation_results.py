@@ -11,8 +11,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from titanlite.model import IGNORE_INDEX, KVCache, Llama, build_documents, labels
+from titanlite.model.attention import build_documents
+from titanlite.model.decode import KVCache
+from titanlite.model.documents import IGNORE_INDEX, labels
 from titanlite.model.rope import rope_rotations
+from titanlite.model.transformer import Llama
 from titanlite.verify.isolation_paths import NUM_DECODED, Kept
 
 Results = dict[str, dict[str, Tensor]]

@@ -12,10 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
+from titanlite.model.documents import IGNORE_INDEX
 from titanlite.model.ops.matmul import matmul
-
-IGNORE_INDEX = -100
-"""Label of a target that is not trained: the first token of a document, which nothing in it predicts."""
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**27}
 """Logits of a chunk: on the CPU what stays near its caches, on a GPU what keeps its matrix units busy."""
