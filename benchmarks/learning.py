@@ -194,7 +194,7 @@ class Ordered:
         self.rows = rows_of(arm, config, tokenizer)
         # An id that never occurs begins no document: full causal attention, and every target counts.
         self.eos_id, self._true_eos_id = -1 if arm == "random" else tokenizer.eos_id, tokenizer.eos_id
-        self.trainer = Trainer(config, build_mesh("cpu", 1, 1, 1), self.eos_id)
+        self.trainer = Trainer(config, build_mesh("cpu", 1, 1, 1))
         sources = validation_sources(config.validation, config.data, tokenizer, None)
         self._set = build_validation_set(
             sources,
@@ -208,9 +208,10 @@ class Ordered:
         self._held = torch.from_numpy(self._set.rows)
 
     def step(self, rows: Any, step: int) -> None:
-        from titanlite.model.documents import labels
+        from titanlite.model.documents import Examples
 
-        self.trainer.train_step(rows, int((labels(rows, self.eos_id) >= 0).sum()))
+        examples = Examples.by_eos(rows, self.eos_id)
+        self.trainer.train_step(examples, int((examples.labels >= 0).sum()))
 
     def validate(self) -> float:
         from titanlite.validation import sum_of_losses

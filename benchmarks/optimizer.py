@@ -23,6 +23,7 @@ from benchmarks.throughput.ours import config_of
 from benchmarks.throughput.report import Bound
 from benchmarks.throughput.work import EOS, Case, rows_of
 from titanlite.config import ModelConfig, load_config
+from titanlite.model.documents import Examples
 from titanlite.model.transformer import num_parameters
 from titanlite.parallel.mesh import build_mesh
 from titanlite.run.agreement import keep_freed_memory
@@ -50,8 +51,8 @@ def measure(case: Case, argument: tuple[int, int]) -> dict[str, list[Step]]:
     mesh, rows = build_mesh("cpu", 1, case.processes, 1), rows_of(case, micro_batches, dist.get_rank()).flatten(0, 1)
     config = config_of(case)
     training = replace(config.training, local_batch_size=case.rows, global_batch_size=len(rows) * case.processes)
-    config = replace(config, training=training)
-    trainers = {n: Trainer(replace(config, optimizer=replace(config.optimizer, name=n)), mesh, EOS) for n in NAMES}
+    config, examples = replace(config, training=training), Examples.by_eos(rows, EOS)
+    trainers = {n: Trainer(replace(config, optimizer=replace(config.optimizer, name=n)), mesh) for n in NAMES}
     found: dict[str, list[Step]] = {name: [] for name in NAMES}
     backward_ended = 0.0
 
@@ -64,7 +65,7 @@ def measure(case: Case, argument: tuple[int, int]) -> dict[str, list[Step]]:
             trainers[name].on_gradients = note
             dist.barrier()
             began = time.perf_counter()
-            trainers[name].train_step(rows, rows[:, 1:].numel() * case.processes)
+            trainers[name].train_step(examples, rows[:, 1:].numel() * case.processes)
             ended = time.perf_counter()
             if number >= WARMUP_STEPS:
                 found[name].append(Step(ended - began, ended - backward_ended))

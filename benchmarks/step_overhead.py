@@ -139,14 +139,14 @@ def measure(steps: int) -> tuple[dict[str, list[Seconds]], Config]:
         config = benchmark_config(folder, steps)
         with Job(config) as job:
             trainer = job.trainer
-            bare = BareLoop(config, trainer.model, trainer.eos_id, trainer.backend)
+            bare = BareLoop(config, trainer.model, job.tokenizer.eos_id, trainer.backend)
             for number in range(WARMUP_STEPS + steps):
                 step, load = timed(job.next_step)
                 if number % 2:
-                    loss, bare_time = timed(lambda: bare.step(step.rows))  # noqa: B023  called at once
-                result, own_time = timed(lambda: trainer.train_step(step.rows, step.num_targets))  # noqa: B023
+                    loss, bare_time = timed(lambda: bare.step(step.batch.rows))  # noqa: B023  called at once
+                result, own_time = timed(lambda: trainer.train_step(step.batch, step.num_targets))  # noqa: B023
                 if number % 2 == 0:
-                    loss, bare_time = timed(lambda: bare.step(step.rows))  # noqa: B023
+                    loss, bare_time = timed(lambda: bare.step(step.batch.rows))  # noqa: B023
                 _, book = timed(lambda: job.finish_step(step, result))  # noqa: B023
                 torch.testing.assert_close(result.loss, loss, rtol=1e-4, atol=0)  # both do the same work
                 if number >= WARMUP_STEPS:

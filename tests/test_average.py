@@ -16,6 +16,7 @@ from tests.tiny_run import state_of, write_config
 from titanlite.convert import __main__ as convert
 from titanlite.generate import __main__ as generate
 from titanlite.loading import load_model
+from titanlite.model.documents import Examples
 from titanlite.optim import WeightAverage
 from titanlite.parallel.mesh import build_mesh
 from titanlite.train import main
@@ -29,11 +30,12 @@ def averaged(degrees: tuple[int, int, int]) -> tuple[dict[str, Tensor], dict[str
     """The average as the trainer has it after three steps, and by hand from the weights before and after each."""
     config = with_(CONFIG, training={"ema_decay": DECAY})
     mesh = build_mesh("cpu", *degrees)
-    trainer = Trainer(config, mesh, EOS)
+    trainer = Trainer(config, mesh)
     by_hand = {name: full(p) for name, p in trainer.model.named_parameters()}
     for step in (1, 2, 3):
         rows = batch(step)
-        trainer.train_step(rows.chunk(mesh.dp_degree)[mesh.dp_rank], num_targets(rows))
+        mine = rows.chunk(mesh.dp_degree)[mesh.dp_rank]
+        trainer.train_step(Examples.by_eos(mine, EOS), num_targets(rows))
         for name, p in trainer.model.named_parameters():
             by_hand[name] = DECAY * by_hand[name] + (1 - DECAY) * full(p)
     state = trainer.state()

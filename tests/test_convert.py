@@ -28,7 +28,7 @@ from titanlite.config import load_config
 from titanlite.convert.__main__ import main
 from titanlite.generate import __main__ as generate
 from titanlite.model.attention import build_documents
-from titanlite.model.documents import IGNORE_INDEX, labels
+from titanlite.model.documents import IGNORE_INDEX, Examples, labels
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer
@@ -192,7 +192,7 @@ def random_llama(folder: Path, dtype: torch.dtype = torch.float32, **options: An
 def loss_and_gradients(config_file: str, rows: Tensor) -> tuple[float, dict[str, Tensor]]:
     """Of one training step from checkpoint.init_from."""
     config = load_config(["--job.config_file", config_file])
-    trainer = Trainer(config, build_mesh("cpu", 1, 2, 1), 257)
+    trainer = Trainer(config, build_mesh("cpu", 1, 2, 1))
     state = {name: tensor for name, tensor in trainer.state().items() if name.startswith("model.")}
     Checkpointer(config.job.dump_folder, keep_latest_k=0, async_save=False).load(
         config.checkpoint.init_from, state, prefix="model."
@@ -207,7 +207,7 @@ def loss_and_gradients(config_file: str, rows: Tensor) -> tuple[float, dict[str,
     trainer.on_gradients = keep
     num_targets = int((labels(rows, 257) >= 0).sum())
     mine = rows[trainer.mesh.dp_rank :: 2]
-    return trainer.train_step(mine, num_targets).loss.item(), gradients
+    return trainer.train_step(Examples.by_eos(mine, 257), num_targets).loss.item(), gradients
 
 
 def test_a_random_llama_trains_with_the_loss_and_gradients_of_transformers(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -62,7 +62,7 @@ def same(a: Batch, b: Batch) -> None:
     assert a.rows.tolist() == b.rows.tolist()
     assert a.row_index.tolist() == b.row_index.tolist()
     assert a.row_digest.tolist() == b.row_digest.tolist()
-    assert [s.tolist() for s in a.starts] == [s.tolist() for s in b.starts]
+    assert [s.tolist() for s in a.begins] == [s.tolist() for s in b.begins]
     assert (a.fingerprint_part, a.ledger, a.cursor) == (b.fingerprint_part, b.ledger, b.cursor)
 
 
@@ -150,8 +150,12 @@ def test_batches_equal_a_naive_stream(
         rows = [row.tokens for row in expected[first : first + num_rows]]
         assert batch.rows.tolist() == rows
         assert batch.rows.dtype == torch.int64
+        assert batch.tokens.tolist() == [row[:-1] for row in rows]
+        targets = [[-100 if a == 256 else b for a, b in pairwise(row)] for row in rows]
+        assert batch.labels.tolist() == targets  # an eos ends its document
+        assert batch.num_targets == sum(target != -100 for row in targets for target in row)
         assert batch.row_index.tolist() == list(range(first, first + num_rows))
-        for row, starts, digest in zip(rows, batch.starts, batch.row_digest, strict=True):
+        for row, starts, digest in zip(rows, batch.begins, batch.row_digest, strict=True):
             assert starts.tolist() == [p for p in range(seq_len) if p == 0 or row[p - 1] == 256]
             content = b"".join(token.to_bytes(4, "little") for token in row)
             assert int(digest) == int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
@@ -178,7 +182,7 @@ def test_every_dp_degree_worker_count_and_prefetch_gives_the_same_rows(tmp_path:
             assert torch.equal(torch.cat([part.rows for part in parts]), whole.rows)
             assert np.concatenate([part.row_index for part in parts]).tolist() == whole.row_index.tolist()
             assert np.concatenate([part.row_digest for part in parts]).tolist() == whole.row_digest.tolist()
-            assert [s.tolist() for part in parts for s in part.starts] == [s.tolist() for s in whole.starts]
+            assert [s.tolist() for part in parts for s in part.begins] == [s.tolist() for s in whole.begins]
             assert sum(part.fingerprint_part for part in parts) & MASK == whole.fingerprint_part
             assert all(part.cursor == whole.cursor and part.ledger == whole.ledger for part in parts)
 
@@ -581,7 +585,7 @@ def test_pinned_batches_hold_the_same_rows(tmp_path: Path) -> None:
     data = replace(write_jsonl(tmp_path, list(TEXTS)), num_workers=2, prefetch=2)
     pinned, plain = batches(data, 5, pin_memory=True), batches(data, 5)
     for a, b in zip(pinned, plain, strict=True):
-        assert a.rows.is_pinned()
+        assert all(tensor.is_pinned() for tensor in (a.tokens, a.labels, a.starts))
         same(a, b)
 
 

@@ -25,6 +25,7 @@ from titanlite.config import Config, load_config
 from titanlite.generate import __main__ as generate
 from titanlite.generate.__main__ import main
 from titanlite.loading import Found, config_of, load_model
+from titanlite.model.documents import Examples
 from titanlite.model.transformer import Llama
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
@@ -44,12 +45,12 @@ def save(config_file: str, shard: int, tp: int, ends: bool = True) -> None:
     """Two training steps, with a checkpoint as a job writes it after each. Unless it `ends`, eos has a logit of 0."""
     config = load_config(["--job.config_file", config_file])
     tokenizer = Tokenizer.load(config.tokenizer.path)
-    trainer = Trainer(config, build_mesh("cpu", 1, shard, tp), tokenizer.eos_id)
+    trainer = Trainer(config, build_mesh("cpu", 1, shard, tp))
     folder = str(Path(config.job.dump_folder) / "checkpoint")
     checkpointer = Checkpointer(folder, keep_latest_k=0, async_save=False)
     for step in (1, 2):
         rows = torch.randint(256, (2, 65), generator=torch.Generator().manual_seed(trainer.mesh.dp_rank))
-        trainer.train_step(rows, 4 * 64)
+        trainer.train_step(Examples.by_eos(rows, tokenizer.eos_id), 4 * 64)
         if not ends:  # on one rank, whose part is the whole
             trainer.model.output.weight.detach().to_local()[tokenizer.eos_id] = 0.0  # type: ignore[attr-defined]
         meta = Meta(step, asdict(config), tokenizer.fingerprint)

@@ -37,11 +37,11 @@ def test_the_first_batch_is_held_against_the_packer(
 
     def moved(self: LoaderIterator[Batch]) -> Batch:
         batch = right(self)
-        return replace(batch, starts=[*batch.starts[:-1], np.array([0, 63])])
+        return replace(batch, begins=[*batch.begins[:-1], np.array([0, 63])])
 
     monkeypatch.setattr(LoaderIterator, "next", moved)
     assert started(write_config(tmp_path)) == 1
-    assert "row 7 of the first batch: by eos_id = 257 a document begins at position" in capsys.readouterr().err
+    assert "row 7 of the first batch: a document begins at position" in capsys.readouterr().err
     assert metrics(tmp_path / "run") == []
 
 

@@ -25,6 +25,7 @@ from titanlite.config import (
     TrainingConfig,
 )
 from titanlite.model.attention import build_documents
+from titanlite.model.documents import Examples
 from titanlite.model.transformer import Llama, initial_mean_std
 from titanlite.parallel.init import init_weights
 from titanlite.parallel.mesh import build_mesh
@@ -114,12 +115,12 @@ def train(config: Config, degrees: tuple[int, int, int]) -> Results:
     """What `reference` returns, from the real trainer on this rank of a (replicate, shard, tp) layout."""
     torch._dynamo.reset()
     mesh = build_mesh("cpu", *degrees)
-    trainer = Trainer(config, mesh, EOS)
+    trainer = Trainer(config, mesh)
     losses, norms, gradients = [], [], {}
     for step in range(1, STEPS + 1):
         rows = batch(step)
         mine = rows.chunk(mesh.dp_degree)[mesh.dp_rank]
-        result = trainer.train_step(mine, num_targets(rows))
+        result = trainer.train_step(Examples.by_eos(mine, EOS), num_targets(rows))
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
         if step == 1:  # Adam's first moment is then 0.1 of the gradient, and Muon's momentum 0.05
@@ -213,7 +214,7 @@ def test_compiled_blocks(degrees: tuple[int, int, int], backend: str, mode: str)
 def logits_of_other_documents(config: Config, degrees: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [S, V] of one row, those after one of its documents was replaced, and where the others are."""
     mesh = build_mesh("cpu", *degrees)
-    trainer = Trainer(config, mesh, EOS)
+    trainer = Trainer(config, mesh)
     row, other = torch.randint(4, MODEL.vocab_size, (2, 1, SEQ_LEN), generator=torch.Generator().manual_seed(0))
     row[0, [4, 13, 20]] = EOS
     replaced = slice(5, 13)  # the second document, but for its eos
@@ -245,9 +246,9 @@ def test_a_batch_without_a_target_changes_nothing_but_decay() -> None:
 
 def update_without_a_target() -> bool:
     config = with_(CONFIG, optimizer={"weight_decay": 0.0})
-    trainer = Trainer(config, build_mesh("cpu", 1, 1, 1), EOS)
+    trainer = Trainer(config, build_mesh("cpu", 1, 1, 1))
     before = {name: full(p) for name, p in trainer.model.named_parameters()}
-    result = trainer.train_step(torch.full((ROWS, SEQ_LEN + 1), EOS), 0)
+    result = trainer.train_step(Examples.by_eos(torch.full((ROWS, SEQ_LEN + 1), EOS), EOS), 0)
     unchanged = all(torch.equal(full(p), before[name]) for name, p in trainer.model.named_parameters())
     return unchanged and result.loss.item() == result.grad_norm.item() == trainer.guard.read()[0] == 0
 

@@ -13,6 +13,7 @@ from tests.cases import some_quick
 from tests.gloo import ranks
 from tests.tiny_run import write_config
 from titanlite.config import Config, load_config, resolve_degrees
+from titanlite.model.documents import Examples
 from titanlite.parallel.mesh import build_mesh
 from titanlite.plan import step
 from titanlite.plan.extension import footprint
@@ -58,11 +59,12 @@ def real_step(path: str) -> tuple[Footprint, list[int]]:
         model.to_empty(device=mesh.device)
         for parameter in model.parameters():
             local(parameter.detach()).fill_(0.01)
-        trainer = Trainer(config, mesh, eos_id=0, model=model)
+        trainer = Trainer(config, mesh, model=model)
         measured = measured_step(trainer, meter)
     gradients: list[Any] = []
     trainer.on_gradients = lambda: gradients.extend(p.grad for p in trainer.model.parameters())
-    trainer.train_step(torch.ones(2, config.training.seq_len + 1, dtype=torch.int64), 100)
+    rows = torch.ones(2, config.training.seq_len + 1, dtype=torch.int64)
+    trainer.train_step(Examples.by_eos(rows, 0), 100)
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     counted = []
     for tensors in (list(trainer.model.parameters()), gradients, state):

@@ -73,7 +73,7 @@ def test_every_verb_is_there_with_its_help(capsys: pytest.CaptureFixture[str]) -
     assert {name for name, _ in commands} == {f"titanlite.{verb}" for verb in verbs}
     for name, words in commands:
         with contextlib.suppress(SystemExit):
-            assert importlib.import_module(name).main(["--help"]) == 0
+            assert importlib.import_module(f"{name}.__main__").main(["--help"]) == 0
         usage = capsys.readouterr().out
         options = [word for word in shlex.split(words) if word.startswith("--")]
         assert all(option in usage for option in options), (name, options)
@@ -91,7 +91,7 @@ def test_the_loop_runs_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch)
     names: dict[str, Any] = {}
     exec("\n".join(loop), names)
     tenth, eleventh = names["batch"], eval(last.split("#")[0], names)
-    assert names["inputs"].shape == names["targets"].shape == (8, 512)
+    assert names["tokens"].shape == names["labels"].shape == (8, 512)
     assert tenth.row_index.tolist() == list(range(72, 80))
     assert eleventh.row_index.tolist() == list(range(80, 88))
     *_, expected = islice(names["loader"], 11)  # iterating anew begins anew

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from tests.documents import EOS, tokens_of
 from titanlite.model import selfcheck
-from titanlite.model.selfcheck import check_backend, check_rule
+from titanlite.model.documents import document_starts
+from titanlite.model.selfcheck import check_backend, check_starts
 
 CPU = torch.device("cpu")
 
 
 def test_the_rule_is_held_against_the_packer() -> None:
     rows = tokens_of([[5, 1, 3], [9]], 9)
-    check_rule(rows, [[0, 5, 6], [0]], EOS)
+    starts = document_starts(rows[:, :-1], EOS)
+    check_starts(starts, [[0, 5, 6], [0]])
     with pytest.raises(ValueError, match=r"row 0 .* begins at position 6 only by the rule"):
-        check_rule(rows, [[0, 5], [0]], EOS)
+        check_starts(starts, [[0, 5], [0]])
     with pytest.raises(ValueError, match=r"row 1 .* begins at position 4 only by the packer"):
-        check_rule(rows, [[0, 5, 6], [0, 4]], EOS)
+        check_starts(starts, [[0, 5, 6], [0, 4]])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -21,7 +21,7 @@ from titanlite.data.loader import Batch, build_loader
 from titanlite.model import decode
 from titanlite.model import transformer as llama
 from titanlite.model.attention import realise
-from titanlite.model.documents import document_starts
+from titanlite.model.documents import Examples, document_starts
 from titanlite.model.ops.norm import RMSNorm
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
@@ -265,7 +265,7 @@ def test_a_packer_that_disagrees_with_the_rule_is_refused(config: Path, monkeypa
 
     def moved(self: LoaderIterator[Batch]) -> Batch:
         batch = right(self)
-        return replace(batch, starts=[np.array([0, 63]), *batch.starts[1:]])
+        return replace(batch, begins=[np.array([0, 63]), *batch.begins[1:]])
 
     monkeypatch.setattr(LoaderIterator, "next", moved)
     with pytest.raises(ValueError, match="row 0 of the first batch: .* only by the"):
@@ -362,10 +362,10 @@ def test_the_parts_add_up_to_what_the_trainer_trains(config: Path) -> None:
             gradients = {name: gradients.get(name, 0) + gradient for name, gradient in part["gradients"].items()}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        trainer = Trainer(loaded, build_mesh("cpu", 1, 1, 1), tokenizer.eos_id)
+        trainer = Trainer(loaded, build_mesh("cpu", 1, 1, 1))
         for name, parameter in trainer.model.named_parameters():
             assert torch.equal(parameter.full_tensor(), model.get_parameter(name)), name
-        step = trainer.train_step(rows, num_targets)
+        step = trainer.train_step(Examples.by_eos(rows, tokenizer.eos_id), num_targets)
     finally:
         dist.destroy_process_group()
     norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()

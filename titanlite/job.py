@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from titanlite.checkpoint import Checkpointer, CheckpointError, LostFolder, Meta
 from titanlite.config import Config, diff, dump_toml
@@ -22,8 +21,7 @@ from titanlite.data.loader import Batch
 from titanlite.files import write_json
 from titanlite.loading import Found, decide_start
 from titanlite.log import logger
-from titanlite.model.documents import labels
-from titanlite.model.selfcheck import check_rule
+from titanlite.model.selfcheck import check_starts
 from titanlite.model.transformer import num_parameters
 from titanlite.opening import compare_data, open_data
 from titanlite.report import Report
@@ -38,9 +36,8 @@ from titanlite.validation import open_validation
 
 @dataclass(frozen=True)
 class Step:
-    """The next step's rows of this rank, and what all ranks know about the whole global batch."""
+    """The next step's batch of this rank, and what all ranks know about the whole global batch."""
 
-    rows: Tensor
     num_targets: int
     num_documents: int
     fingerprint: str
@@ -154,7 +151,7 @@ class Job:
 
     def _open_trainer(self) -> None:
         with agreed():
-            self.trainer = Trainer(self.config, self.mesh, self.tokenizer.eos_id)
+            self.trainer = Trainer(self.config, self.mesh)
         self.trainer.on_micro_batch = lambda: self._phase("forward, backward, update")
         training = self.config.training
         rows = training.global_batch_size // self.mesh.dp_degree
@@ -213,7 +210,7 @@ class Job:
         shares = torch.zeros(5, dtype=torch.int64)
         shares[3], shares[4] = bool(self.watchdog.stop_asked), problem is not None
         if batch is not None and self.mesh.tp.get_local_rank() == 0:
-            shares[0] = (labels(batch.rows, self.tokenizer.eos_id) >= 0).sum()
+            shares[0] = batch.num_targets
             shares[1] = batch.num_documents
             shares[2] = torch.tensor(batch.fingerprint_part, dtype=torch.uint64).view(torch.int64)
         self._phase("comparing data")
@@ -232,9 +229,9 @@ class Job:
         assert batch is not None
         if not self._warm:
             with agreed():
-                check_rule(batch.rows, batch.starts, self.tokenizer.eos_id)
+                check_starts(batch.starts, batch.begins)
             self.watchdog.started()
-        return Step(batch.rows, num_targets, num_documents, f"{fingerprint % 2**64:016x}", batch)
+        return Step(num_targets, num_documents, f"{fingerprint % 2**64:016x}", batch)
 
     def finish_step(self, step: Step, result: StepResult) -> None:
         """Book the step: cursor, logs at logged steps, a checkpoint where one is due."""

@@ -69,7 +69,7 @@ def train(job: "Job", config: Config) -> None:
         step = job.next_step()
         if step is None:
             break
-        result = job.trainer.train_step(step.rows, step.num_targets)
+        result = job.trainer.train_step(step.batch, step.num_targets)
         job.finish_step(step, result)
     job.finish()
 

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grads_with_norm_
 
 from titanlite.config import Config
-from titanlite.model.attention import build_documents, resolve_backend
-from titanlite.model.documents import labels
+from titanlite.model.attention import realise, resolve_backend
+from titanlite.model.documents import Examples
 from titanlite.model.selfcheck import check_backend
 from titanlite.model.transformer import Llama, initial_mean_std
 from titanlite.optim import NonFiniteGuard, WeightAverage, build_optimizer, learning_rate, local_square_sum, set_lr
@@ -61,9 +61,9 @@ def build_model(config: Config, mesh: Mesh) -> Llama:
 class Trainer:
     """Model, optimiser and counters of this rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, eos_id: int, model: Llama | None = None) -> None:
+    def __init__(self, config: Config, mesh: Mesh, model: Llama | None = None) -> None:
         """model: one that `build_model` made and that has memory; else it is made here, with its initial weights."""
-        self.config, self.mesh, self.eos_id = config, mesh, eos_id
+        self.config, self.mesh = config, mesh
         self.step = 0
         self.trained_targets = 0
         head_dim, dtype = config.model.dim // config.model.n_heads, param_dtype(config, mesh.device.type)
@@ -92,13 +92,13 @@ class Trainer:
         self.on_gradients: Callable[[], None] = lambda: None
         """Called in each step when its gradients are whole and not yet clipped, for those who watch them."""
 
-    def train_step(self, rows: Tensor, num_targets: int) -> StepResult:
+    def train_step(self, examples: Examples, num_targets: int) -> StepResult:
         """One optimiser step over the global batch. Collective; no device sync.
 
-        rows is this dp rank's [B, seq_len + 1] int64, num_targets the valid targets of all ranks' rows together.
+        examples are this dp rank's, num_targets the valid targets of all ranks' rows together.
         """
         training, self.step = self.config.training, self.step + 1
-        micro_batches = rows.split(training.local_batch_size)
+        micro_batches = examples.split(training.local_batch_size)
         # FSDP2 averages gradients over dp ranks; times dp_degree is their sum, so each target weighs 1 / num_targets.
         weight = self.mesh.dp_degree / max(num_targets, 1)
         losses = []
@@ -112,11 +112,10 @@ class Trainer:
         self.trained_targets += num_targets
         return StepResult(loss, norm, lr)
 
-    def _forward_backward(self, rows: Tensor, weight: float) -> Tensor:
-        rows = rows.to(self.mesh.device, non_blocking=True)
-        tokens = rows[:, :-1]
-        documents = build_documents(tokens, self.eos_id, self.backend)
-        loss = self.model.output(self.model(tokens, documents), labels(rows, self.eos_id)) * weight
+    def _forward_backward(self, examples: Examples, weight: float) -> Tensor:
+        examples = examples.to(self.mesh.device)
+        documents = realise(examples.starts, self.backend)
+        loss = self.model.output(self.model(examples.tokens, documents), examples.labels) * weight
         loss.backward()
         return loss.detach()
 

@@ -12,7 +12,7 @@ from titanlite.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from titanlite.model.documents import labels
+from titanlite.model.documents import Examples
 from titanlite.parallel.mesh import build_mesh
 from titanlite.trainer import Trainer
 
@@ -38,11 +38,12 @@ def config_of(case: Case) -> Config:
 class Titanlite:
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.trainer = Trainer(config_of(case), build_mesh(case.device, 1, case.processes, 1), EOS)
+        self.trainer = Trainer(config_of(case), build_mesh(case.device, 1, case.processes, 1))
 
     def step(self, rows: Tensor) -> Tensor:
-        num_targets = int((labels(rows, EOS) >= 0).sum()) * self.case.processes
-        return self.trainer.train_step(rows, num_targets).loss
+        examples = Examples.by_eos(rows, EOS)
+        num_targets = int((examples.labels >= 0).sum()) * self.case.processes
+        return self.trainer.train_step(examples, num_targets).loss
 
     def weights(self) -> dict[str, Tensor]:
         """Full weights by titanlite's names, a tied one under both, for the others to start from. Collective."""

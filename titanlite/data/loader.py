@@ -15,7 +15,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -28,21 +28,24 @@ from titanlite.data.feed import EndOfData, Portion, ReadAhead, one_by_one
 from titanlite.data.rows import RowStream, total
 from titanlite.data.stream import Chunk, DocumentEncoder
 from titanlite.data.windows import fingerprint_part, row_digest
+from titanlite.model.documents import IGNORE_INDEX, Examples
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class Batch(Examples):
     """A data-parallel rank's rows of one optimiser step."""
 
+    num_targets: int
+    """Labels that are targets."""
     rows: torch.Tensor
-    """int64 [rows of this rank, seq_len + 1]: inputs are [:, :-1], targets [:, 1:]."""
+    """int64 [rows of this rank, seq_len + 1], as the stream has them: tokens are [:, :-1]."""
     row_index: np.ndarray
     """Number of each row in the stream, int64."""
     row_digest: np.ndarray
     """uint64; windows.row_digest of each row."""
     fingerprint_part: int
     """This rank's share of the step's fingerprint, which is the sum over dp ranks modulo 2^64."""
-    starts: list[np.ndarray]
+    begins: list[np.ndarray]
     """Per row the positions in [0, seq_len) where a document begins or, at 0, goes on, as the packing knows them."""
     num_documents: int
     """Pieces of documents in the rows; pads are none."""
@@ -54,9 +57,6 @@ class Batch:
     """The same for each source."""
     epochs: dict[str, float]
     """Epochs begun, by source."""
-
-    def pin_memory(self) -> "Batch":
-        return replace(self, rows=self.rows.pin_memory())
 
 
 class Closed(Exception):
@@ -211,7 +211,9 @@ def build_loader(
     def build(cursor: Mapping[str, Any] | None) -> _Chain:
         closed = threading.Event()
         stream = stream_from(cursor, _tokenise_ahead(data.num_workers, closed))
-        chain: nodes.BaseNode[Batch | Exception] = _Batches(stream, lambda stream: _make_batch(stream, first))
+        chain: nodes.BaseNode[Batch | Exception] = _Batches(
+            stream, lambda stream: _make_batch(stream, first, tokenizer.eos_id)
+        )
         if pin_memory:  # named, or the thread would make a context on GPU 0, whichever this rank's is
             chain = nodes.PinMemory(chain, "cuda", snapshot_frequency=0)
         if data.prefetch:
@@ -252,21 +254,27 @@ def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _make_batch(stream: RowStream, first: int) -> Batch:
+def _make_batch(stream: RowStream, first: int, eos_id: int) -> Batch:
     rows = stream.take()
+    tokens = torch.from_numpy(rows.tokens.astype(np.int64))
+    examples = Examples.by_eos(tokens, eos_id)
     digests = np.array([row_digest(tokens) for tokens in rows.tokens], np.uint64)
     seq_len = rows.tokens.shape[1] - 1
     ledgers = stream.ledgers()
-    starts = [starts[starts < seq_len] for starts in rows.starts]
+    begins = [begins[begins < seq_len] for begins in rows.starts]
     return Batch(
-        rows=torch.from_numpy(rows.tokens.astype(np.int64)),
+        tokens=examples.tokens,
+        labels=examples.labels,
+        starts=examples.starts,
+        num_targets=int((examples.labels != IGNORE_INDEX).sum()),
+        rows=tokens,
         row_index=rows.row_index,
         row_digest=digests,
         fingerprint_part=fingerprint_part(digests, first),
-        starts=starts,
+        begins=begins,
         num_documents=sum(
             int(np.count_nonzero(counters[: len(inside)] >= 0))
-            for counters, inside in zip(rows.counters, starts, strict=True)
+            for counters, inside in zip(rows.counters, begins, strict=True)
         ),
         cursor=stream.cursor(),
         ledger=total(ledgers),

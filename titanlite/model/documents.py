@@ -5,10 +5,14 @@ Token i attends to token j iff starts[i] <= j <= i. Nothing else in titanlite ma
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+E = TypeVar("E", bound="Examples")
 
 IGNORE_INDEX = -100
 """Label of a target that is not trained: the first token of a document, which nothing in it predicts."""
@@ -40,3 +44,32 @@ def labels(rows: Tensor, eos_id: int) -> Tensor:
     """Targets of rows [B, S + 1]: [B, S], the next token of each, or IGNORE_INDEX where that begins a document."""
     begins = document_starts(rows, eos_id) == torch.arange(rows.shape[1], device=rows.device)
     return rows[:, 1:].masked_fill(begins[:, 1:], IGNORE_INDEX)
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """What a forward and a backward pass take: int64 [B, S] each."""
+
+    tokens: Tensor
+    labels: Tensor
+    """The target of each token, or IGNORE_INDEX."""
+    starts: Tensor
+    """The index at which each token's document begins in its row."""
+
+    @classmethod
+    def by_eos(cls, rows: Tensor, eos_id: int) -> "Examples":
+        """Of rows [B, S + 1] in which eos ends a document, as in pretraining."""
+        return Examples(rows[:, :-1].contiguous(), labels(rows, eos_id), document_starts(rows[:, :-1], eos_id))
+
+    def split(self, num_rows: int) -> "list[Examples]":
+        """So many rows each, fewer in the last one."""
+        tensors = (self.tokens, self.labels, self.starts)
+        return [Examples(*parts) for parts in zip(*(t.split(num_rows) for t in tensors), strict=True)]
+
+    def to(self, device: torch.device) -> "Examples":
+        """On a device; the host does not wait where this is pinned."""
+        return Examples(*(t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.starts)))
+
+    def pin_memory(self: E) -> E:
+        tensors = {name: getattr(self, name).pin_memory() for name in ("tokens", "labels", "starts")}
+        return replace(self, **tensors)

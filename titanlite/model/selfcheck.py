@@ -7,23 +7,22 @@ import torch
 from torch import Tensor
 
 from titanlite.model.attention import attend, realise
-from titanlite.model.documents import document_starts, document_starts_from_lengths
+from titanlite.model.documents import document_starts_from_lengths
 
 
-def check_rule(rows: Tensor, packed: Sequence[np.ndarray], eos_id: int) -> None:
-    """Compare the boundaries that the rule reads from eos_id with those that the packer placed.
+def check_starts(starts: Tensor, packed: Sequence[np.ndarray]) -> None:
+    """Compare the starts [B, S] that the rule made with the boundaries that the packer placed.
 
-    rows is [B, S + 1] on the CPU; packed holds for each row the positions at which the packer began a document.
-    Raises ValueError naming the first row that differs.
+    packed holds for each row the positions at which the packer began a document. Raises ValueError naming the first row
+    that differs.
     """
-    starts = document_starts(rows[:, :-1], eos_id)
     begins = starts == torch.arange(starts.shape[1])
     for number, (row, placed) in enumerate(zip(begins, packed, strict=True)):
         read = row.nonzero().flatten().tolist()
         if read != list(placed):
             differing = min(set(read) ^ set(placed))
             raise ValueError(
-                f"row {number} of the first batch: by eos_id = {eos_id} a document begins at position {differing}"
+                f"row {number} of the first batch: a document begins at position {differing}"
                 f" {'only by the rule' if differing in read else 'only by the packer'}: this is a bug, please report it"
             )
 

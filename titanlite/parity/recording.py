@@ -73,11 +73,11 @@ def record(config: Config, steps: int, progress: Callable[[int], None] = lambda 
                 if not made:
                     raise RunFailed("the data end before the first step")
                 break
-            outcome = job.trainer.train_step(step.rows, step.num_targets)
+            outcome = job.trainer.train_step(step.batch, step.num_targets)
             made.append(recorder.step(step, outcome))
             job.finish_step(step, outcome)
             progress(job.trainer.step)
-            rows = step.rows
+            rows = step.batch.rows
         end = note_end(job, config, rows)
         return RankRecord(job.mesh.dp_rank, job.mesh.tp.get_local_rank(), initial, made, end)
 

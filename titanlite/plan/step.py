@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from titanlite.config import Config
 from titanlite.model.attention import resolve_backend
+from titanlite.model.documents import Examples
 from titanlite.model.ops.cross_entropy import CHUNK_LOGITS
 from titanlite.parallel.mesh import Mesh, build_mesh
 from titanlite.plan.meter import MemoryMeter
@@ -113,7 +114,7 @@ def fake_step(config: Config, mesh: Mesh, target: str) -> Footprint:
     with patch.dict(CHUNK_LOGITS, {mesh.device.type: CHUNK_LOGITS[target]}), fake, meter:
         meter.enter(Moment("init"))
         model.to_empty(device=mesh.device)
-        return measured_step(Trainer(config, mesh, eos_id=0, model=model), meter)
+        return measured_step(Trainer(config, mesh, model=model), meter)
 
 
 def measured_step(trainer: Trainer, meter: MemoryMeter) -> Footprint:
@@ -123,6 +124,7 @@ def measured_step(trainer: Trainer, meter: MemoryMeter) -> Footprint:
     num_rows = training.global_batch_size // mesh.dp_degree
     num_rows = min(num_rows, MICRO_BATCHES * training.local_batch_size)
     rows = torch.ones(num_rows, training.seq_len + 1, dtype=torch.int64, device=mesh.device)
+    examples = Examples.by_eos(rows, eos_id=0)
     gradients: list[int] = []
 
     def count_gradients() -> None:
@@ -131,7 +133,7 @@ def measured_step(trainer: Trainer, meter: MemoryMeter) -> Footprint:
 
     trainer.on_gradients = count_gradients
     activations = _watch(trainer, meter)
-    trainer.train_step(rows, num_rows * training.seq_len)
+    trainer.train_step(examples, num_rows * training.seq_len)
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
     return Footprint(
         parameters=sum(map(local_bytes, trainer.model.parameters())),

@@ -15,7 +15,7 @@ from titanlite.data.corpus import open_corpus
 from titanlite.data.loader import build_loader
 from titanlite.data.validation_set import build_validation_set, validation_sources
 from titanlite.model.decode import right_align
-from titanlite.model.selfcheck import check_rule
+from titanlite.model.selfcheck import check_starts
 from titanlite.tokenizer import Tokenizer
 
 _SEARCHED_ROWS = 1000
@@ -81,7 +81,7 @@ def training_rows(config: Config, tokenizer: Tokenizer) -> MicroBatch:
     most = 3 * min(_COMPARED_ROWS, training.local_batch_size, training.global_batch_size) + 2
     try:
         for step, batch in enumerate(loader, 1):
-            check_rule(batch.rows, batch.starts, tokenizer.eos_id)
+            check_starts(batch.starts, batch.begins)
             for rows in batch.rows.split(training.local_batch_size):
                 comparisons = choose_documents(rows, tokenizer)
                 if len(comparisons) > len(best.comparisons):
