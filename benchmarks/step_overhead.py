@@ -38,10 +38,10 @@ from titanlite.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from titanlite.job import Job
 from titanlite.model.attention import Documents, build_documents
 from titanlite.model.documents import labels
 from titanlite.model.transformer import Llama, num_parameters
+from titanlite.train.run import Job
 from titanlite.trainer import param_dtype
 
 BOUND = 1.05

@@ -28,7 +28,7 @@ MAX_RUNS = 10
 def with_torch() -> ForkServerContext:
     """Starts processes that need not import torch: forked from one that has, and has done nothing with it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["titanlite.job", "torch._dynamo"])
+    context.set_forkserver_preload(["titanlite.train.run", "torch._dynamo"])
     return context
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from tests.gloo import with_torch
-from titanlite.train import main
+from titanlite.train.__main__ import main
 
 LONG = 240.0  # seconds: a test that waits so long has failed
 

@@ -19,7 +19,7 @@ from titanlite.loading import load_model
 from titanlite.model.documents import Examples
 from titanlite.optim import WeightAverage
 from titanlite.parallel.mesh import build_mesh
-from titanlite.train import main
+from titanlite.train.__main__ import main
 from titanlite.trainer import Trainer
 
 DECAY = 0.6

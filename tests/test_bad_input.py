@@ -16,7 +16,7 @@ import pytest
 from tests.make_tokenizers import SHIPPED, single_bytes, write_tokenizer
 from tests.test_data_source import HOSTILE
 from tests.tiny_run import metrics, write_config
-from titanlite.train import main
+from titanlite.train.__main__ import main
 
 
 def write_jsonl(path: Path, lines: list[str]) -> str:

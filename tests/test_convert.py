@@ -22,7 +22,6 @@ from tests.gloo import ranks
 from tests.test_generate_verb import plain_model, save
 from tests.test_hugging_face import rotate_pairs
 from tests.tiny_run import metrics, state_of, text, write_config
-from titanlite import train
 from titanlite.checkpoint import Checkpointer, audit_checkpoint, read_manifest
 from titanlite.config import load_config
 from titanlite.convert.__main__ import main
@@ -31,6 +30,7 @@ from titanlite.model.attention import build_documents
 from titanlite.model.documents import IGNORE_INDEX, Examples, labels
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
+from titanlite.train import __main__ as train
 from titanlite.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -537,7 +537,7 @@ def test_loader_that_is_dropped_or_failed_ends_its_threads_too(tmp_path: Path) -
 
 PROGRAM = """
 import sys, torch
-from titanlite import job
+from titanlite.train import run as job
 from titanlite.config.sections import Config, DataConfig
 from titanlite.data.loader import build_loader
 from tests.byte_tokenizer import ByteTokenizer

@@ -31,9 +31,9 @@ from titanlite.checkpoint import folder as checkpoint_folder
 from titanlite.config import load_config
 from titanlite.data import feed
 from titanlite.data.loader import build_loader
-from titanlite.job import Job, Step
 from titanlite.tokenizer import Tokenizer
-from titanlite.train import main
+from titanlite.train.__main__ import main
+from titanlite.train.run import Job, Step
 from titanlite.trainer import StepResult, Trainer
 
 SEQ_LEN, ROWS, STEPS, INTERVAL = 32, 32, 24, 5

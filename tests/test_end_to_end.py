@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from tests.gloo import ranks
 from tests.make_tokenizers import real_code, single_bytes, write_llama3_like, write_tokenizer
 from tests.tiny_run import descendants, fingerprints, metrics, state_of, write_config
-from titanlite.train import main
+from titanlite.train.__main__ import main
 
 LAST = "checkpoint/step-00000008"
 

@@ -30,8 +30,8 @@ from tests.test_checkpoint import disk_full_on, error_of, log_lines, make, state
 from tests.test_checkpoint_faults import cut, empty, flip, seal
 from tests.tiny_run import fingerprints, metrics, state_of, write_config
 from titanlite.checkpoint import Checkpointer, LostFolder, audit_checkpoint
-from titanlite.job import Job, Step
-from titanlite.train import main
+from titanlite.train.__main__ import main
+from titanlite.train.run import Job, Step
 from titanlite.trainer import StepResult
 from titanlite.verify import __main__ as verify
 

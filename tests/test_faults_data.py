@@ -32,9 +32,9 @@ from titanlite.config.sections import SourceConfig
 from titanlite.data import feed
 from titanlite.data.cache.writer import write_cache
 from titanlite.data.source import RecordError, Source, open_source
-from titanlite.job import Job
 from titanlite.tokenizer import Tokenizer
-from titanlite.train import main
+from titanlite.train.__main__ import main
+from titanlite.train.run import Job
 
 ROOT = Path(__file__).parent.parent
 STEPS = 60  # of several windows, of which the first one or two are read ahead when the fault happens

@@ -18,7 +18,7 @@ import pytest
 from tests.gloo import ranks
 from tests.lives import LONG, until
 from tests.tiny_run import descendants, fingerprints, text, write_config
-from titanlite.train import main
+from titanlite.train.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 RUN = {"metrics__enable_tensorboard": False, "training__local_batch_size": 8}

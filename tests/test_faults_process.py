@@ -92,7 +92,7 @@ def linger(rank: int) -> None:
 def launch(config: Path, log: Path, *options: str, fault: str) -> "subprocess.Popen[bytes]":
     """torchrun, of two ranks with this fault."""
     program = log.with_name("program.py")
-    lines = [f"import sys\nfrom tests.test_faults_process import {fault}\nfrom titanlite.train import main"]
+    lines = [f"import sys\nfrom tests.test_faults_process import {fault}\nfrom titanlite.train.__main__ import main"]
     lines += ["if __name__ == '__main__':", f"    {fault}(0)", "    sys.exit(main())", ""]
     program.write_text("\n".join(lines))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_run import metrics, write_config
-from titanlite.train import main
+from titanlite.train.__main__ import main
 
 LOSSES = [
     5.560334095218281,

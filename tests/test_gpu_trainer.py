@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.tiny_run import fingerprints, metrics, write_config
-from titanlite.train import main
+from titanlite.train.__main__ import main
 
 pytestmark = pytest.mark.gpu
 SIZES = {"model__dim": 128, "model__n_layers": 4, "model__ffn_dim": 256, "training__seq_len": 256}

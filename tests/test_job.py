@@ -27,11 +27,11 @@ from tests.tiny_run import fingerprints, metrics, write_config
 from titanlite import opening
 from titanlite.checkpoint import tensors as checkpoint_files
 from titanlite.data.loader import Loader, build_loader
-from titanlite.job import Job
 from titanlite.model.ops.cross_entropy import OutputHead
 from titanlite.run.agreement import RunFailed, agreed
 from titanlite.run.claim import claim_run_folder
-from titanlite.train import main
+from titanlite.train.__main__ import main
+from titanlite.train.run import Job
 from titanlite.trainer import Trainer
 
 

@@ -20,10 +20,10 @@ from torchdata.nodes.loader import LoaderIterator
 from tests.tiny_run import metrics, write_config
 from titanlite.data.loader import Batch
 from titanlite.files import read_json, write_json
-from titanlite.job import Job
 from titanlite.model import selfcheck
 from titanlite.model.ops.cross_entropy import OutputHead
-from titanlite.train import main
+from titanlite.train.__main__ import main
+from titanlite.train.run import Job
 
 
 def started(config: Path, *overrides: str) -> int:

@@ -14,7 +14,7 @@ from titanlite.convert import __main__ as convert
 from titanlite.generate import __main__ as generate
 from titanlite.loading import find_checkpoint
 from titanlite.tokenizer import Tokenizer
-from titanlite.train import main
+from titanlite.train.__main__ import main
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from titanlite.log import init_logging, logger
-from titanlite.report import summary
+from titanlite.run.log import summary
 from titanlite.run.metrics import (
     RunLog,
     StepMetrics,

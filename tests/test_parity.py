@@ -25,7 +25,6 @@ from tests.tiny_run import descendants, text, write_config
 from titanlite import opening, validation
 from titanlite import trainer as trainer_module
 from titanlite.config import CompileConfig, Config
-from titanlite.job import Job
 from titanlite.model import decode
 from titanlite.model import transformer as llama
 from titanlite.model.attention import Documents, build_documents, realise
@@ -40,6 +39,7 @@ from titanlite.parity.launch import RanksFailed, run_ranks
 from titanlite.parity.layouts import Layout, read_layouts
 from titanlite.parity.recording import RankRecord, StepRecord, record
 from titanlite.parity.sketches import random_tensor, sketch
+from titanlite.train.run import Job
 from titanlite.trainer import StepResult, Trainer
 
 STEPS, BOUND = 2, 1e-9

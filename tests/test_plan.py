@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from tests.tiny_run import write_config
-from titanlite import train
 from titanlite.cache import __main__ as cache
 from titanlite.plan.__main__ import main
 from titanlite.plan.tables import tables
+from titanlite.train import __main__ as train
 
 LLAMA_8B = str(Path(__file__).parent.parent / "train_configs" / "llama_8b.toml")
 # Llama 3's sizes (Grattafiori et al. 2024, arXiv:2407.21783, table 3); the batch is 16 million tokens for 405B.

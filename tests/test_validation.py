@@ -30,7 +30,7 @@ from titanlite.model.attention import Documents, realise
 from titanlite.model.transformer import Llama
 from titanlite.run.agreement import RunFailed
 from titanlite.tokenizer import Tokenizer
-from titanlite.train import main
+from titanlite.train.__main__ import main
 from titanlite.trainer import Trainer
 from titanlite.validation import Polling, result
 from titanlite.verify.__main__ import main as verify

@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from tests.gloo import ranks
 from tests.test_checkpoint_faults import Planted, seal
 from tests.tiny_run import write_config
-from titanlite import train
 from titanlite.checkpoint import audit_checkpoint
+from titanlite.train import __main__ as train
 from titanlite.verify.__main__ import main
 
 NEWEST = "step-00000004"

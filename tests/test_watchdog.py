@@ -12,7 +12,7 @@ import pytest
 
 from tests.gloo import free_port
 from tests.lives import forked, until
-from titanlite.parallel.mesh import init_process_group
+from titanlite.run.joining import init_process_group
 from titanlite.run.watchdog import Watchdog
 
 PACKAGE = Path(__file__).parent.parent / "titanlite"
@@ -25,7 +25,7 @@ def test_no_wall_clock_decides_anything() -> None:
         for path in PACKAGE.rglob("*.py")
         for use in re.findall(r"time\.time\(|time_ns\(|datetime\.now", path.read_text())
     }
-    assert uses == {("metrics.py", "time.time(")}
+    assert uses == {("run/metrics.py", "time.time(")}
 
 
 def join(rank: int, port: int, log: str, timeout_seconds: int) -> None:

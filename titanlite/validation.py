@@ -33,9 +33,9 @@ from titanlite.model.selfcheck import check_backend
 from titanlite.model.transformer import Llama
 from titanlite.opening import load_tokenizer, open_validation_set
 from titanlite.parallel.mesh import Mesh
-from titanlite.report import Report
 from titanlite.run.agreement import PeerLost, RunFailed, agreed
 from titanlite.run.joining import SAVING_SECONDS, Membership
+from titanlite.run.log import Report
 from titanlite.run.watchdog import Watchdog
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer, build_model, param_dtype

@@ -166,7 +166,8 @@ def run(options: argparse.Namespace, prompts: list[str]) -> None:
     import torch.distributed as dist
 
     from titanlite.loading import load_model
-    from titanlite.parallel.mesh import build_mesh, init_process_group
+    from titanlite.parallel.mesh import build_mesh
+    from titanlite.run.joining import init_process_group
 
     device_type = options.device
     if device_type == "auto":

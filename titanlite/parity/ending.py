@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titanlite.config import Config, ValidationConfig
 from titanlite.data.order import HeldOut
-from titanlite.job import Job
 from titanlite.loading import empty_model
 from titanlite.model.decode import generate
 from titanlite.opening import open_validation_set
 from titanlite.parity.sketches import random_tensor, sketch, whole_tensor
 from titanlite.run.agreement import RunFailed
 from titanlite.run.joining import SAVING_SECONDS
+from titanlite.train.run import Job
 from titanlite.trainer import param_dtype
 from titanlite.validation import Polling, sum_of_losses
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titanlite.config import Config, ValidationConfig
-from titanlite.job import Job, Step
 from titanlite.model.attention import Documents
 from titanlite.parity.ending import EndRecord, note_end
 from titanlite.parity.sketches import Sketches, random_tensor, sketch, sketch_parameter, whole_tensor
 from titanlite.run.agreement import RunFailed
+from titanlite.train.run import Job, Step
 from titanlite.trainer import StepResult, Trainer
 
 IN_BLOCK = ("attention_norm", "attention", "ffn_norm", "feed_forward")

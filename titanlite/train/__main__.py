@@ -14,7 +14,7 @@ from titanlite.log import init_logging, logger
 from titanlite.run.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from titanlite.job import Job
+    from titanlite.train.run import Job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         watchdog.close()
         return 0
     from titanlite.checkpoint import CheckpointError
-    from titanlite.job import Job
+    from titanlite.train.run import Job
     from titanlite.validation import validate_checkpoint
 
     keep_freed_memory()

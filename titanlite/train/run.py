@@ -24,10 +24,10 @@ from titanlite.log import logger
 from titanlite.model.selfcheck import check_starts
 from titanlite.model.transformer import num_parameters
 from titanlite.opening import compare_data, open_data
-from titanlite.report import Report
 from titanlite.run.agreement import PeerLost, RunFailed, agree, agreed, describe_environment
 from titanlite.run.folder import RunFolder
 from titanlite.run.joining import MARGIN_SECONDS, SAVING_SECONDS, Membership
+from titanlite.run.log import Report
 from titanlite.run.profiling import Profiling
 from titanlite.run.watchdog import Watchdog
 from titanlite.trainer import StepResult, Trainer
