@@ -41,7 +41,7 @@ from titanlite.config import (
 from titanlite.model.attention import Documents, build_documents
 from titanlite.model.documents import labels
 from titanlite.model.transformer import Llama, num_parameters
-from titanlite.train.run import Job
+from titanlite.train.run import Run
 from titanlite.trainer import param_dtype
 
 BOUND = 1.05
@@ -137,17 +137,17 @@ def measure(steps: int) -> tuple[dict[str, list[Seconds]], Config]:
     times: dict[str, list[Seconds]] = {"bare loop": [], "train_step": [], "whole step": []}
     with TemporaryDirectory() as folder:
         config = benchmark_config(folder, steps)
-        with Job(config) as job:
-            trainer = job.trainer
-            bare = BareLoop(config, trainer.model, job.tokenizer.eos_id, trainer.backend)
+        with Run(config) as run:
+            trainer = run.trainer
+            bare = BareLoop(config, trainer.model, run.tokenizer.eos_id, trainer.backend)
             for number in range(WARMUP_STEPS + steps):
-                step, load = timed(job.next_step)
+                step, load = timed(run.next_step)
                 if number % 2:
                     loss, bare_time = timed(lambda: bare.step(step.batch.rows))  # noqa: B023  called at once
                 result, own_time = timed(lambda: trainer.train_step(step.batch, step.num_targets))  # noqa: B023
                 if number % 2 == 0:
                     loss, bare_time = timed(lambda: bare.step(step.batch.rows))  # noqa: B023
-                _, book = timed(lambda: job.finish_step(step, result))  # noqa: B023
+                _, book = timed(lambda: run.finish_step(step, result))  # noqa: B023
                 torch.testing.assert_close(result.loss, loss, rtol=1e-4, atol=0)  # both do the same work
                 if number >= WARMUP_STEPS:
                     times["bare loop"].append(bare_time)

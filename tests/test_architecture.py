@@ -17,10 +17,10 @@ FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sort
 LAYERS: list[dict[str, set[str]]] = [
     {name: {"inspection"} for name in ("cache", "convert", "generate", "parity", "plan", "show", "verify")},
     {"train": set(), "inspection": set()},
-    {"validation": {"loading", "opening"}, "loading": set(), "opening": set()},
+    {"validation": {"loading"}, "loading": set()},
     {"trainer": set()},
     {"data": set(), "parallel": set()},
-    {"model": set(), "checkpoint": set(), "tokenizer": set(), "optim": {"muon"}, "muon": {"sharding"}, "run": set()},
+    {"model": set(), "checkpoint": set(), "tokenizer": set(), "optim": {"muon"}, "muon": set(), "run": {"checkpoint"}},
     {"config": set(), "files": {"log"}, "log": set(), "sharding": set()},
 ]
 COMMANDS = set(LAYERS[0])
@@ -29,12 +29,10 @@ ROOMS = {
     for depth, layer in enumerate(LAYERS)
     for room, among in layer.items()
 }
-ROOMS["data"] -= {"checkpoint", "optim", "muon", "run"}  # data and its cache are read without torch
-ROOMS["inspection"] -= {"validation", "loading", "opening", "trainer", "model", "checkpoint", "run"}
+ROOMS["data"] -= {"checkpoint", "optim", "muon", "run"}
+ROOMS["inspection"] -= {"validation", "loading", "trainer", "model", "checkpoint", "run"}  # it answers without torch
 ROOMS["model"] = {"config"}
-ROOMS["validation"] |= {"generate"}
-ROOMS["run"] |= {"checkpoint", "parallel", "model", "data", "trainer"}
-WHOLE_CONFIG = {*COMMANDS, "train", "inspection", "validation", "loading", "opening", "trainer", "run"}
+WHOLE_CONFIG = {*COMMANDS, "train", "inspection", "validation", "loading", "trainer"}
 
 # What is private in torch and used all the same: (file, name) -> why there is no public way.
 PRIVATE = {
@@ -48,7 +46,7 @@ PRIVATE = {
     ("parallel/apply.py", "_scaled_dot_product_flash_attention"): "the selective AC policy names ops to keep",
     ("parallel/apply.py", "_scaled_dot_product_efficient_attention"): "as above",
     ("parallel/apply.py", "_c10d_functional"): "as above",
-    ("parallel/mesh.py", "_set_pg_timeout"): "no public call changes the timeout of a group that exists",
+    ("run/joining.py", "_set_pg_timeout"): "no public call changes the timeout of a group that exists",
     ("run/watchdog.py", "_current_frames"): "where another thread stands; the one interface, and a documented one",
     ("run/watchdog.py", "_exit"): "ends a process whose main thread hangs; documented",
     ("plan/meter.py", "_subclasses"): "FakeTensor lives there and nowhere else",

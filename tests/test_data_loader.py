@@ -25,14 +25,14 @@ from hypothesis import strategies as st
 from tests.byte_tokenizer import ByteTokenizer
 from tests.loaders import batches, build
 from tests.naive_stream import dealt_rows
-from titanlite import opening
-from titanlite.config.sections import Config, DataConfig, SourceConfig
+from titanlite.config.sections import DataConfig, SourceConfig
 from titanlite.data import feed
 from titanlite.data.corpus import open_corpus
 from titanlite.data.loader import Batch
 from titanlite.data.order import DocumentOrder
 from titanlite.data.source import RecordError, Source, SourceError
 from titanlite.data.stream import SourceCursor
+from titanlite.run.metrics import tokenizing_share
 
 MASK = (1 << 64) - 1
 WINDOW_TOKENS = 256  # a third of an epoch of TEXTS
@@ -324,15 +324,13 @@ def test_share_of_the_cores_that_tokenising_takes_is_a_number_computed_by_hand(
 ) -> None:
     """16 H100 at half of 989.4 TFLOPS, 6 GFLOPs a token: 1,319,200 tokens/s, which each of the 8 ranks of this host
     reads whole: 4.22144 of 16 cores, at 2.5 million tokens/s each."""
-    monkeypatch.setattr(opening, "flops_per_token", lambda model, seq_len: 6e9)
-    monkeypatch.setattr(opening, "available_cores", lambda: 16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert opening._tokenizing_share(Config(), "cuda") == pytest.approx(0.26384, rel=1e-9)
-    assert opening._tokenizing_share(Config(), "cpu") == 0.0  # whose speed nobody knows
+    assert tokenizing_share(6e9, 16, "cuda") == pytest.approx(0.26384, rel=1e-9)
+    assert tokenizing_share(6e9, 16, "cpu") == 0.0  # whose speed nobody knows
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device of next year")
-    assert opening._tokenizing_share(Config(), "cuda") == 0.0
+    assert tokenizing_share(6e9, 16, "cuda") == 0.0
 
 
 def test_degree_that_does_not_divide_the_batch_is_refused(tmp_path: Path) -> None:
@@ -537,7 +535,7 @@ def test_loader_that_is_dropped_or_failed_ends_its_threads_too(tmp_path: Path) -
 
 PROGRAM = """
 import sys, torch
-from titanlite.train import run as job
+import titanlite.train.run
 from titanlite.config.sections import Config, DataConfig
 from titanlite.data.loader import build_loader
 from tests.byte_tokenizer import ByteTokenizer

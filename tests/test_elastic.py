@@ -33,7 +33,7 @@ from titanlite.data import feed
 from titanlite.data.loader import build_loader
 from titanlite.tokenizer import Tokenizer
 from titanlite.train.__main__ import main
-from titanlite.train.run import Job, Step
+from titanlite.train.run import Run, Step
 from titanlite.trainer import StepResult, Trainer
 
 SEQ_LEN, ROWS, STEPS, INTERVAL = 32, 32, 24, 5
@@ -134,14 +134,14 @@ def kill_myself(*_: Any) -> None:
 
 def live(argv: list[str], life: Life, records: str) -> int:
     """`main` on this rank, which writes down the digests of the rows that it trained, and meets its end."""
-    finish_step, update = Job.finish_step, Trainer._update
+    finish_step, update = Run.finish_step, Trainer._update
 
-    def finish(job: Job, step: Step, result: StepResult) -> None:
+    def finish(run: Run, step: Step, result: StepResult) -> None:
         with open(f"{records}-{dist.get_rank()}.jsonl", "a") as file:
-            digests = [digest(row) for row in step.rows]
-            file.write(json.dumps([job.trainer.step, job.mesh.dp_rank, digests]) + "\n")
-        finish_step(job, step, result)
-        if job.trainer.step == life.step:
+            digests = [digest(row) for row in step.batch.rows]
+            file.write(json.dumps([run.trainer.step, run.mesh.dp_rank, digests]) + "\n")
+        finish_step(run, step, result)
+        if run.trainer.step == life.step:
             if life.end == "kill after":
                 kill_myself()
             if life.end == "signal" and dist.get_rank() == dist.get_world_size() - 1:
@@ -151,7 +151,7 @@ def live(argv: list[str], life: Life, records: str) -> int:
         return kill_myself() if trainer.step == life.step else update(trainer, *arguments)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(Job, "finish_step", finish))
+        stack.enter_context(patch.object(Run, "finish_step", finish))
         stack.enter_context(patch.object(feed, "CHUNK_BYTES", life.chunk_bytes))
         if life.end == "kill in":
             stack.enter_context(patch.object(Trainer, "_update", die_in_step))

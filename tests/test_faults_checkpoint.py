@@ -31,7 +31,7 @@ from tests.test_checkpoint_faults import cut, empty, flip, seal
 from tests.tiny_run import fingerprints, metrics, state_of, write_config
 from titanlite.checkpoint import Checkpointer, LostFolder, audit_checkpoint
 from titanlite.train.__main__ import main
-from titanlite.train.run import Job, Step
+from titanlite.train.run import Run, Step
 from titanlite.trainer import StepResult
 from titanlite.verify import __main__ as verify
 
@@ -209,28 +209,28 @@ def _resume_with_each(folder: str, flips: list[tuple[str, int]]) -> list[tuple[l
 @contextmanager
 def no_room_at(steps: tuple[int, ...]) -> Iterator[None]:
     """On the last rank, files may not grow while these steps are saved. An async save keeps its limit to its end."""
-    finish_step, finish = Job.finish_step, Job.finish
+    finish_step, finish = Run.finish_step, Run.finish
     limited = ExitStack()
 
-    def lift(job: Job) -> None:
-        if job.checkpointer._pending is not None:
-            job.checkpointer._pending.exception()
+    def lift(run: Run) -> None:
+        if run.checkpointer._pending is not None:
+            run.checkpointer._pending.exception()
         limited.close()
 
-    def limit(self: Job, step: Step, result: StepResult) -> None:
+    def limit(self: Run, step: Step, result: StepResult) -> None:
         lift(self)
         if self.trainer.step in steps:
             limited.enter_context(disk_full_on(torch.distributed.get_world_size() - 1, 4096))
         finish_step(self, step, result)
 
-    def limit_at_the_end(self: Job) -> None:
+    def limit_at_the_end(self: Run) -> None:
         if 0 in steps:
             limited.enter_context(disk_full_on(torch.distributed.get_world_size() - 1, 4096))
         else:
             lift(self)
         finish(self)
 
-    with mock.patch.object(Job, "finish_step", limit), mock.patch.object(Job, "finish", limit_at_the_end), limited:
+    with mock.patch.object(Run, "finish_step", limit), mock.patch.object(Run, "finish", limit_at_the_end), limited:
         yield
 
 
@@ -285,14 +285,14 @@ def _cannot_write_from_step_4(rank: int, end: Callable[[Path], None]) -> None:
     if end is _read_only:
         new_user, new_mounts = 0x10000000, 0x20000
         assert ctypes.CDLL(None).unshare(new_user | new_mounts) == 0
-    right = Job.finish_step
+    right = Run.finish_step
 
-    def finish_step(self: Job, step: Step, result: StepResult) -> None:
+    def finish_step(self: Run, step: Step, result: StepResult) -> None:
         if self.trainer.step == 4:
             end(self.folder / "checkpoint")
         right(self, step, result)
 
-    Job.finish_step = finish_step  # type: ignore[method-assign]
+    Run.finish_step = finish_step  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

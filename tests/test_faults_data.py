@@ -34,7 +34,7 @@ from titanlite.data.cache.writer import write_cache
 from titanlite.data.source import RecordError, Source, open_source
 from titanlite.tokenizer import Tokenizer
 from titanlite.train.__main__ import main
-from titanlite.train.run import Job
+from titanlite.train.run import Run
 
 ROOT = Path(__file__).parent.parent
 STEPS = 60  # of several windows, of which the first one or two are read ahead when the fault happens
@@ -141,15 +141,15 @@ MORE_FAULTS = {
 def train(config: Path, damage: Callable[[], None] = lambda: None) -> tuple[int, str, float]:
     """`main`, where rank 0 damages something after step 3: exit code, what was printed, when it ended. Chunks are
     small, so that not everything was read by then."""
-    finish_step, printed = Job.finish_step, io.StringIO()
+    finish_step, printed = Run.finish_step, io.StringIO()
 
-    def finish(job: Job, *args: Any) -> None:
-        finish_step(job, *args)
-        if job.trainer.step == 3 and dist.get_rank() == 0:
+    def finish(run: Run, *args: Any) -> None:
+        finish_step(run, *args)
+        if run.trainer.step == 3 and dist.get_rank() == 0:
             damage()
 
     with (
-        patch.object(Job, "finish_step", finish),
+        patch.object(Run, "finish_step", finish),
         patch.multiple(feed, CHUNK_BYTES=200, _ORDER_DOCUMENTS=10),
         contextlib.redirect_stderr(printed),
     ):

@@ -24,12 +24,12 @@ from torchdata.nodes.loader import LoaderIterator
 
 from tests.lives import LONG, Lives, lives, num_steps, until
 from tests.tiny_run import NUM_DOCUMENTS, descendants, fingerprints, text, write_config
-from titanlite import opening
 from titanlite.checkpoint import tensors as checkpoint_files
 from titanlite.config import DataConfig
 from titanlite.data.loader import Batch, Loader, build_loader
 from titanlite.run.folder import RunFolder
 from titanlite.run.watchdog import Watchdog
+from titanlite.train import run as train_run
 from titanlite.trainer import Trainer
 
 RUN = {"training__steps": 24, "metrics__enable_tensorboard": False, "training__local_batch_size": 8}
@@ -323,7 +323,7 @@ def slow_reading(rank: int) -> None:
         time.sleep(1000 if rank == 0 else 0)
         return build_loader(data, *arguments, **named)
 
-    opening.build_loader = build  # type: ignore[attr-defined]
+    train_run.build_loader = build  # type: ignore[attr-defined]
 
 
 def test_a_stop_before_the_first_step_is_heeded_in_seconds(job: Lives) -> None:
@@ -463,7 +463,7 @@ def fail_to_open(rank: int) -> None:
             raise RuntimeError("can't start new thread")
         return build_loader(*arguments, **named)
 
-    opening.build_loader = build
+    train_run.build_loader = build
 
 
 def test_an_error_that_nobody_foresaw_ends_all_ranks_at_once(job: Lives) -> None:

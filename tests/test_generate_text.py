@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.make_tokenizers import SHIPPED, SMALL, write_tokenizer
-from titanlite.generate.text import Continuation, GrowingText, Printer, encode_prompts, read_prompts
+from titanlite.generate.text import Continuation, GrowingText, Printer, read_prompts
 from titanlite.tokenizer import Tokenizer
 
 
@@ -43,13 +43,13 @@ def test_a_character_of_several_tokens_comes_with_its_last(tokenizer: Tokenizer)
 
 
 def test_prompts_begin_as_documents_do(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert encode_prompts(["he", "", "<e>"], tokenizer) == [[260, 256], [260], [260, *b"<e>"]]
+    assert tokenizer.encode_prompts(["he", "", "<e>"]) == [[260, 256], [260], [260, *b"<e>"]]
     for config in ({}, {"bos_token": "<e>"}):
         folder = write_tokenizer(tmp_path / str(len(config)), SMALL, {"<e>": 260}, eos_token="<e>", **config)
         bosless = Tokenizer.load(str(folder))
-        assert encode_prompts(["he"], bosless) == [[256]]
+        assert bosless.encode_prompts(["he"]) == [[256]]
         with pytest.raises(ValueError, match="prompt 2 is empty, and the tokenizer has no bos"):
-            encode_prompts(["he", ""], bosless)
+            bosless.encode_prompts(["he", ""])
 
 
 def test_a_prompt_a_line_or_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,14 +24,14 @@ from torch.distributed.tensor import DTensor
 
 from tests.gloo import ranks
 from tests.tiny_run import fingerprints, metrics, write_config
-from titanlite import opening
 from titanlite.checkpoint import tensors as checkpoint_files
 from titanlite.data.loader import Loader, build_loader
 from titanlite.model.ops.cross_entropy import OutputHead
 from titanlite.run.agreement import RunFailed, agreed
 from titanlite.run.claim import claim_run_folder
+from titanlite.train import run as train_run
 from titanlite.train.__main__ import main
-from titanlite.train.run import Job
+from titanlite.train.run import Run
 from titanlite.trainer import Trainer
 
 
@@ -57,14 +57,14 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 def test_stop_before_the_first_step_can_be_resumed(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, open_logs = write_config(tmp_path, training__steps=2), Job._open_logs
+    config, decide_start = write_config(tmp_path, training__steps=2), train_run.decide_start
 
-    def signalled(self: Job, skipped_before: int) -> None:
+    def signalled(*arguments: Any) -> Any:
         os.kill(os.getpid(), number)
-        open_logs(self, skipped_before)
+        return decide_start(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "_open_logs", signalled)
+        patch.setattr(train_run, "decide_start", signalled)
         assert started(config) == 0
     assert (status(tmp_path)["state"], status(tmp_path)["step"]) == ("preempted", 0)
     assert started(config) == 0
@@ -94,14 +94,14 @@ def full(tensor: Tensor) -> Tensor:
 def final_weights(folder: Path, config: Path, *overrides: str) -> dict[str, Tensor]:
     """Those in memory when the loop ends or fails."""
     states: list[dict[str, Tensor]] = []
-    close = Job._close
+    close = Run.__exit__
 
-    def keep(self: Job, error: BaseException | None) -> None:
+    def keep(self: Run, *error: Any) -> None:
         states.append({name: full(tensor) for name, tensor in self.trainer.state().items()})
-        close(self, error)
+        close(self, *error)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "_close", keep)
+        patch.setattr(Run, "__exit__", keep)
         started(config, *overrides)
     return states[0]
 
@@ -173,14 +173,14 @@ def test_logged_steps_and_the_end_between_them(tmp_path: Path, capsys: pytest.Ca
     assert events.Scalars("source/data/epoch")[0].value < 1
     capsys.readouterr()
 
-    def stop_at_ten(self: Job, *arguments: Any) -> None:
+    def stop_at_ten(self: Run, *arguments: Any) -> None:
         finish_step(self, *arguments)
         if self.trainer.step == 10:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    finish_step = Job.finish_step
+    finish_step = Run.finish_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "finish_step", stop_at_ten)
+        patch.setattr(Run, "finish_step", stop_at_ten)
         assert started(config, "--metrics.log_freq=100", "--training.steps=20") == 0
     told = capsys.readouterr().err
     assert "no step was made" not in told
@@ -287,16 +287,16 @@ def test_ranks_that_read_other_files_train_nothing(tmp_path: Path, other: str) -
 def main_with_a_slow_rank(config: Path) -> int:
     """`main` where rank 1 prepares its data for longer than collectives wait."""
 
-    def open_data(job: Job, meta: dict[str, Any]) -> None:
+    def hurry(*arguments: Any) -> Any:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
-        whole_open_data(job, meta)
+        return decide_start(*arguments)
 
     def build(*args: Any, **kwargs: Any) -> Loader:
         time.sleep(4 * dist.get_rank())
         return build_loader(*args, **kwargs)
 
-    whole_open_data = Job._open_data
-    with patch.object(Job, "_open_data", open_data), patch.object(opening, "build_loader", build):
+    decide_start = train_run.decide_start
+    with patch.object(train_run, "decide_start", hurry), patch.object(train_run, "build_loader", build):
         return main(["--job.config_file", str(config)])
 
 

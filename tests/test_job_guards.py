@@ -18,12 +18,13 @@ from torch import Tensor
 from torchdata.nodes.loader import LoaderIterator
 
 from tests.tiny_run import metrics, write_config
+from titanlite.checkpoint import Checkpointer
 from titanlite.data.loader import Batch
 from titanlite.files import read_json, write_json
 from titanlite.model import selfcheck
 from titanlite.model.ops.cross_entropy import OutputHead
 from titanlite.train.__main__ import main
-from titanlite.train.run import Job
+from titanlite.train.run import Run
 
 
 def started(config: Path, *overrides: str) -> int:
@@ -82,24 +83,24 @@ def test_a_resumed_run_draws_the_numbers_that_the_old_one_would_have_drawn(
         return numbers
 
     drawn: list[Tensor] = []
-    meta, next_step = Job._meta, Job.next_step
+    save, next_step = Checkpointer.save, Run.next_step
 
-    def at_save(self: Job, *arguments: Any) -> dict[str, Any]:
+    def at_save(self: Checkpointer, *arguments: Any) -> None:
         drawn.append(next_numbers())
-        return meta(self, *arguments)
+        save(self, *arguments)
 
-    def at_step(self: Job) -> Any:
+    def at_step(self: Run) -> Any:
         drawn.append(next_numbers())
         return next_step(self)
 
     config = write_config(tmp_path)
     torch.manual_seed(1234)
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "_meta", at_save)
+        patch.setattr(Checkpointer, "save", at_save)
         assert started(config, "--training.steps=4") == 0
     torch.manual_seed(5678)
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "next_step", at_step)
+        patch.setattr(Run, "next_step", at_step)
         assert started(config, "--training.steps=5") == 0
     assert len(drawn) == 2
     assert torch.equal(drawn[0], drawn[1])
@@ -109,14 +110,14 @@ def test_timeouts_reach_every_group_and_change_after_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[set[timedelta]] = []
-    next_step = Job.next_step
+    next_step = Run.next_step
 
-    def watched(self: Job) -> Any:
+    def watched(self: Run) -> Any:
         groups = [dist.group.WORLD, *self.mesh.device_mesh.get_all_groups()]
         seen.append({group._get_backend(torch.device("cpu")).options._timeout for group in groups})
         return next_step(self)
 
-    monkeypatch.setattr(Job, "next_step", watched)
+    monkeypatch.setattr(Run, "next_step", watched)
     config = write_config(tmp_path, comm__init_timeout_seconds=501, comm__train_timeout_seconds=77, training__steps=3)
     assert started(config) == 0
     # Ten more than the watchdog allows, which knows who hangs.

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from tests.gloo import ranks
 from tests.tiny_run import descendants, text, write_config
-from titanlite import opening, validation
 from titanlite import trainer as trainer_module
+from titanlite import validation
 from titanlite.config import CompileConfig, Config
 from titanlite.model import decode
 from titanlite.model import transformer as llama
@@ -33,13 +33,14 @@ from titanlite.model.transformer import Llama
 from titanlite.parallel.mesh import Mesh
 from titanlite.parity import ending, recording
 from titanlite.parity.__main__ import main
-from titanlite.parity.comparison import Difference, Run, compare, listed, relative_difference
+from titanlite.parity.comparison import Difference, Records, compare, listed, relative_difference
 from titanlite.parity.ending import NUM_GENERATED, NUM_PROMPTS, EndRecord, note_end
 from titanlite.parity.launch import RanksFailed, run_ranks
 from titanlite.parity.layouts import Layout, read_layouts
 from titanlite.parity.recording import RankRecord, StepRecord, record
 from titanlite.parity.sketches import random_tensor, sketch
-from titanlite.train.run import Job
+from titanlite.train import run as train_run
+from titanlite.train.run import Run
 from titanlite.trainer import StepResult, Trainer
 
 STEPS, BOUND = 2, 1e-9
@@ -71,7 +72,7 @@ def planted(config: Config, steps: int, plant: Plant | None) -> RankRecord:
 
 
 @functools.cache
-def run(layout: str, config_file: Path, plant: Plant | None = None) -> Run:
+def run(layout: str, config_file: Path, plant: Plant | None = None) -> Records:
     parsed = layout_of(layout, config_file)
     return ranks(parsed.world_size).run(planted, parsed.config, STEPS, plant)
 
@@ -138,8 +139,8 @@ def naively(config: Config) -> tuple[EndRecord, float, np.ndarray]:
         naive.append(total)
         return losses(model, rows, mesh, eos_id, *rest)
 
-    def note(job: Job, config: Config, rows: Tensor) -> EndRecord:
-        found, model = note_end(job, config, rows), job.trainer.model
+    def note(run: Run, config: Config, rows: Tensor) -> EndRecord:
+        found, model = note_end(run, config, rows), run.trainer.model
         sketches = np.empty_like(found.logits)
         for place, length in enumerate(found.lengths):
             tokens = torch.cat([rows[:1, length:], rows[:1]], 1)[:, : length + NUM_GENERATED]
@@ -224,8 +225,8 @@ def other_initial_weights(patch: pytest.MonkeyPatch, rank: int) -> None:
 
 def other_loader(patch: pytest.MonkeyPatch, rank: int) -> None:
     """Rank 1 reads the rows of rank 0."""
-    exact = opening.build_loader
-    patch.setattr(opening, "build_loader", lambda *a, dp_rank, **k: exact(*a, dp_rank=0, **k))
+    exact = train_run.build_loader
+    patch.setattr(train_run, "build_loader", lambda *a, dp_rank, **k: exact(*a, dp_rank=0, **k))
 
 
 def other_rows(patch: pytest.MonkeyPatch, rank: int) -> None:

@@ -165,18 +165,24 @@ def config_of(found: Found) -> Config:
     return from_tables(tables)
 
 
-def tokenizer_of(found: Found, config: Config, tokenizer_path: str | None) -> Tokenizer:
-    """That of the config, or in `tokenizer_path`. Raises ValueError where it is not the one of the training."""
-    path = tokenizer_path or config.tokenizer.path
-    try:
-        tokenizer = Tokenizer.load(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; or name the folder of the run's tokenizer with --tokenizer") from error
-    check_tokenizer(found, tokenizer, path, "name that one's folder with --tokenizer")
+def load_tokenizer(config: Config, path: str | None = None) -> Tokenizer:
+    """That of the config, or in `path`. Raises ValueError where the model has no row for some id."""
+    tokenizer = Tokenizer.load(path or config.tokenizer.path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
-            f"{found.path}: {config.model.vocab_size} rows for {tokenizer.vocab_size} ids of the tokenizer"
+            f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} ids of the"
+            f" tokenizer in tokenizer.path = {path or config.tokenizer.path!r}: raise model.vocab_size"
         )
+    return tokenizer
+
+
+def tokenizer_of(found: Found, config: Config, path: str | None) -> Tokenizer:
+    """`load_tokenizer`, for a checkpoint. Raises ValueError where it is not the one of the training."""
+    try:
+        tokenizer = load_tokenizer(config, path)
+    except ValueError as error:
+        raise ValueError(f"{error}; or name the folder of the run's tokenizer with --tokenizer") from error
+    check_tokenizer(found, tokenizer, path or config.tokenizer.path, "name that one's folder with --tokenizer")
     return tokenizer
 
 

@@ -136,6 +136,17 @@ class Tokenizer:
         prefix = b"" if self.bos_id is None or self.bos_id == self.eos_id else self.bos_id.to_bytes(4, sys.byteorder)
         return self._encode(text, prefix, self.eos_id.to_bytes(4, sys.byteorder))
 
+    def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Ids as a document of these begins in training: bos, where there is one, and the text. At least one id each.
+
+        Raises ValueError for a prompt without any.
+        """
+        encoded: list[list[int]] = [self.encode_document(prompt)[:-1].tolist() for prompt in prompts]
+        if not all(encoded):
+            number = encoded.index([]) + 1
+            raise ValueError(f"prompt {number} is empty, and the tokenizer has no bos to begin with: write some text")
+        return encoded
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids`; special ids as their literal text, bytes that are not UTF-8 as U+FFFD.
 

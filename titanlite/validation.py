@@ -8,10 +8,11 @@ bit.
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
 
 import torch
 import torch.distributed as dist
@@ -19,21 +20,20 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from titanlite.checkpoint import Checkpointer, CheckpointError, list_steps
-from titanlite.config import Config
-from titanlite.data.corpus import Corpus
-from titanlite.data.validation_set import ValidationSet
-from titanlite.generate.text import encode_prompts
-from titanlite.loading import Found, check_tokenizer, find_together, load_weights
+from titanlite.checkpoint import Checkpointer, list_steps
+from titanlite.config import Config, resolve_degrees
+from titanlite.data.corpus import Corpus, open_corpus
+from titanlite.data.index import WritingStopped
+from titanlite.data.validation_set import ValidationSet, build_validation_set, validation_sources
+from titanlite.loading import Found, check_tokenizer, find_together, load_tokenizer, load_weights
 from titanlite.log import logger
 from titanlite.model.attention import build_documents, resolve_backend
 from titanlite.model.decode import generate
 from titanlite.model.documents import labels
 from titanlite.model.selfcheck import check_backend
 from titanlite.model.transformer import Llama
-from titanlite.opening import load_tokenizer, open_validation_set
-from titanlite.parallel.mesh import Mesh
-from titanlite.run.agreement import PeerLost, RunFailed, agreed
+from titanlite.parallel.mesh import Mesh, build_mesh
+from titanlite.run.agreement import RunFailed, agree_on, agreed
 from titanlite.run.joining import SAVING_SECONDS, Membership
 from titanlite.run.log import Report
 from titanlite.run.watchdog import Watchdog
@@ -117,6 +117,45 @@ class Polling:
         return not stop.item()
 
 
+def open_validation_set(
+    config: Config, mesh: Mesh, tokenizer: Tokenizer, corpus: Corpus | None, watchdog: Watchdog
+) -> ValidationSet:
+    """This rank's share of the set. Collective; raises RunFailed, on all ranks, for what any of them cannot read, and
+    where they read different sets. corpus: the training's where it is open."""
+    training = config.training
+
+    def stop() -> bool:
+        return watchdog.ending
+
+    with agreed(), stoppable(watchdog):
+        if corpus is None and not config.validation.paths:
+            corpus = open_corpus(config.data, tokenizer, seq_len=training.seq_len, seed=training.seed, stop=stop)
+        sources = validation_sources(config.validation, config.data, tokenizer, corpus, stop)
+        found = build_validation_set(
+            sources,
+            config.data,
+            tokenizer,
+            seq_len=training.seq_len,
+            # As in training, so that compiled blocks are not compiled again for another shape.
+            batch_size=min(training.local_batch_size, max(1, training.global_batch_size // mesh.dp_degree)),
+            dp_rank=mesh.dp_rank,
+            dp_degree=mesh.dp_degree,
+        )
+    agree_on({"the validation set": f"{found}"})
+    logger.info("validation: %s", found)
+    return found
+
+
+@contextmanager
+def stoppable(watchdog: Watchdog) -> Iterator[None]:
+    """Where an index or a cache is written, which may be stopped."""
+    try:
+        yield
+    except WritingStopped as stopped:  # nothing is to be saved yet, and others may be in the midst of reading
+        watchdog.end(0, "preempted", f"{watchdog.stop_asked}: {stopped}")
+        Event().wait()
+
+
 def open_validation(
     config: Config, mesh: Mesh, tokenizer: Tokenizer, corpus: Corpus, watchdog: Watchdog
 ) -> "Validation | None":
@@ -138,7 +177,7 @@ class Validation:
         self._config, self._mesh, self._tokenizer, self._set = config.validation, mesh, tokenizer, held
         self._goes_on, self._left = goes_on, False
         self._steps, self._rows = config.training.steps, torch.from_numpy(held.rows)
-        self._prompts = encode_prompts(self._config.sample_prompts, tokenizer)
+        self._prompts = tokenizer.encode_prompts(self._config.sample_prompts)
         longest = max(map(len, self._prompts), default=0) + self._config.sample_tokens
         if self._prompts and longest > config.training.seq_len:
             raise ValueError(
@@ -174,7 +213,7 @@ class Validation:
         if self._prompts and step % config.sample_freq == 0 and step != report.sampled_step:
             with self._weights(trainer):
                 texts = self._continuations(trainer.model)
-            report.samples(texts)
+            report.samples(step, texts)
         return True
 
     def _weights(self, trainer: Trainer) -> AbstractContextManager[None]:
@@ -220,23 +259,14 @@ def validate_checkpoint(config: Config, watchdog: Watchdog) -> None:
 
     Raises RunFailed or CheckpointError, the same on all ranks, or PeerLost.
     """
-    membership = Membership(config, watchdog)
-    try:
-        _validate_checkpoint(config, membership, watchdog)
-    except (RunFailed, CheckpointError):
-        membership.leave()
-        watchdog.close()
-        raise
-    except BaseException as error:
-        if gone := watchdog.explain(error):
-            raise PeerLost(gone) from error
-        raise
-    membership.leave()
-    watchdog.close()
+    with Membership(config.comm, watchdog) as membership:
+        degrees = resolve_degrees(config.parallelism, dist.get_world_size())
+        mesh = build_mesh(membership.device_type, *degrees)
+        membership.start(mesh.groups)
+        _validate_checkpoint(config, mesh, membership, watchdog)
 
 
-def _validate_checkpoint(config: Config, membership: Membership, watchdog: Watchdog) -> None:
-    mesh = membership.mesh
+def _validate_checkpoint(config: Config, mesh: Mesh, membership: Membership, watchdog: Watchdog) -> None:
     membership.prepare()
     with agreed():
         tokenizer = load_tokenizer(config)

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from titanlite.config import OneLineParser
-from titanlite.generate.text import Continuation, Printer, encode_prompts, read_prompts
+from titanlite.generate.text import Continuation, Printer, read_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -196,7 +196,7 @@ def continue_all(
     from titanlite.model.decode import generate
 
     model, config, tokenizer, path = pretrained
-    encoded = encode_prompts(prompts, tokenizer)
+    encoded = tokenizer.encode_prompts(prompts)
     longest = max(map(len, encoded)) + options.max_new_tokens
     dtype = str(model.norm.weight.dtype).removeprefix("torch.")
     logger.info("%s: %s on %d x %s", path, dtype, dist.get_world_size(), device.type)

@@ -42,15 +42,6 @@ def _from_json(path: str, number: int, line: str) -> str:
     return prompt
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids as a document of these begins in training: bos, where there is one, and the text. At least one id each."""
-    encoded: list[list[int]] = [tokenizer.encode_document(prompt)[:-1].tolist() for prompt in prompts]
-    if not all(encoded):
-        number = encoded.index([]) + 1
-        raise ValueError(f"prompt {number} is empty, and the tokenizer has no bos to begin with: write some text")
-    return encoded
-
-
 class GrowingText:
     """Text of tokens that come one by one, in pieces of whole characters."""
 

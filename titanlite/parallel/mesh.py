@@ -4,7 +4,6 @@ Refuses to guess: degrees arrive resolved.
 """
 
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -44,6 +43,10 @@ class Mesh:
         return replicate.get_local_rank() * shard.size() + shard.get_local_rank()
 
     @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        return self.device_mesh.get_all_groups()
+
+    @property
     def describe(self) -> str:
         sizes = zip(self.device_mesh.mesh_dim_names or (), self.device_mesh.shape, strict=True)
         return " x ".join(f"{name} {size}" for name, size in sizes)
@@ -53,9 +56,3 @@ def build_mesh(device_type: str, replicate: int, shard: int, tp: int) -> Mesh:
     """The mesh over all ranks of the process group; replicate * shard * tp is their number."""
     axes = ("dp_replicate", "dp_shard", "tp")
     return Mesh(init_device_mesh(device_type, (replicate, shard, tp), mesh_dim_names=axes))
-
-
-def set_timeout(mesh: Mesh, seconds: int) -> None:
-    """Let collectives wait that long from now on. torch 2.13 has no public call for it; torchtitan uses this one."""
-    for group in (dist.group.WORLD, *mesh.device_mesh.get_all_groups()):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from titanlite.parity.layouts import SYNTAX, Layout, read_layouts
 
 if TYPE_CHECKING:
-    from titanlite.parity.comparison import Difference, Run
+    from titanlite.parity.comparison import Difference, Records
 
 DESCRIPTION = """\
 Run the first steps of a config under each layout, on ranks that this command starts itself, and compare them with the
@@ -136,14 +136,16 @@ def place(layouts: list[Layout], device: str) -> tuple[list[Layout], str]:
     return layouts, "cuda"
 
 
-def run_layouts(layouts: list[Layout], device: str, options: argparse.Namespace) -> tuple[list[Outcome], "Run | None"]:
+def run_layouts(
+    layouts: list[Layout], device: str, options: argparse.Namespace
+) -> tuple[list[Outcome], "Records | None"]:
     """What came of each layout, and what the first one's ranks recorded; without that no other is run."""
     from titanlite.parity.comparison import compare
     from titanlite.parity.launch import RanksFailed, run_ranks
     from titanlite.parity.recording import record
 
     outcomes: list[Outcome] = []
-    reference: Run | None = None
+    reference: Records | None = None
     for number, layout in enumerate(layouts, 1):
         progress = Progress(f"{number} of {len(layouts)}: {layout.text}", options.steps)
         try:
@@ -203,7 +205,7 @@ class Progress:
             print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
 
-def table(outcomes: list[Outcome], reference: "Run") -> str:
+def table(outcomes: list[Outcome], reference: "Records") -> str:
     """All layouts, then all steps: the reference's numbers and each layout's largest difference from them."""
     from titanlite.parity.comparison import digest
 

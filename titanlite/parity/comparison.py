@@ -15,7 +15,7 @@ from titanlite.parity.ending import EndRecord
 from titanlite.parity.recording import RankRecord, StepRecord
 from titanlite.parity.sketches import Sketches
 
-Run = list[RankRecord]
+Records = list[RankRecord]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def digest(record: RankRecord) -> str:
     return hashlib.blake2b("".join(record.initial.values()).encode(), digest_size=8).hexdigest()
 
 
-def compare(reference: Run, run: Run, bound: float) -> Iterator[Difference]:
+def compare(reference: Records, run: Records, bound: float) -> Iterator[Difference]:
     """Every quantity that both runs noted, in the order of computation. The reference may be compared with itself,
     which shows whether its ranks agree."""
     for name, digest in reference[0].initial.items():
@@ -84,7 +84,7 @@ def _compare_ends(expected: EndRecord, ends: list[EndRecord], bound: float) -> I
 
 
 def _compare_rows(
-    step: int, reference: Run, expected: list[StepRecord], run: Run, steps: Iterable[StepRecord], bound: float
+    step: int, reference: Records, expected: list[StepRecord], run: Records, steps: Iterable[StepRecord], bound: float
 ) -> Iterator[Difference]:
     """The batch, what was made of it, and hidden states, row by row of the global batch."""
     steps = list(steps)
@@ -104,7 +104,7 @@ def _compare_rows(
                 yield _by_row(step, f"activation {name}", sizes, run, bound)
 
 
-def _rows(run: Run, parts: list[np.ndarray], summed: bool) -> np.ndarray:
+def _rows(run: Records, parts: list[np.ndarray], summed: bool) -> np.ndarray:
     """Each rank's rows -> [tensor-parallel peers, rows of the global batch, ...], or one sum over the peers."""
     stacked = np.stack(parts)  # ranks are ordered as on the mesh: tensor-parallel peers are neighbours
     by_peer = stacked.reshape(-1, run[-1].tp_rank + 1, *stacked.shape[1:]).swapaxes(0, 1)
@@ -137,7 +137,7 @@ def _by_rank(step: int | str, what: str, sizes: np.ndarray, bound: float) -> Dif
     return Difference(step, what, where, float(sizes.max()))
 
 
-def _by_row(step: int, what: str, sizes: np.ndarray, run: Run, bound: float) -> Difference:
+def _by_row(step: int, what: str, sizes: np.ndarray, run: Records, bound: float) -> Difference:
     beyond = np.flatnonzero(sizes > bound)
     rows_per_rank = len(run[0].steps[0].row_digests)
     ranks = [rank for rank, record in enumerate(run) if record.dp_rank in beyond // rows_per_rank]

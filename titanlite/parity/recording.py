@@ -19,7 +19,7 @@ from titanlite.model.attention import Documents
 from titanlite.parity.ending import EndRecord, note_end
 from titanlite.parity.sketches import Sketches, random_tensor, sketch, sketch_parameter, whole_tensor
 from titanlite.run.agreement import RunFailed
-from titanlite.train.run import Job, Step
+from titanlite.train.run import Run, Step
 from titanlite.trainer import StepResult, Trainer
 
 IN_BLOCK = ("attention_norm", "attention", "ffn_norm", "feed_forward")
@@ -61,25 +61,25 @@ def record(config: Config, steps: int, progress: Callable[[int], None] = lambda 
     Collective. `progress` hears of each step. Raises RunFailed as a job does, and when it was asked to stop.
     """
     made: list[StepRecord] = []
-    with Job(replace(config, validation=ValidationConfig())) as job:
-        recorder = Recorder(job.trainer, config)
+    with Run(replace(config, validation=ValidationConfig())) as run:
+        recorder = Recorder(run.trainer, config)
         initial = recorder.digests()
         progress(0)
-        while job.trainer.step < steps:
-            step = job.next_step()
+        while run.trainer.step < steps:
+            step = run.next_step()
             if step is None:
-                if asked := job.watchdog.stop_asked:
+                if asked := run.watchdog.stop_asked:
                     raise RunFailed(f"stopped by {asked}")
                 if not made:
                     raise RunFailed("the data end before the first step")
                 break
-            outcome = job.trainer.train_step(step.batch, step.num_targets)
+            outcome = run.trainer.train_step(step.batch, step.num_targets)
             made.append(recorder.step(step, outcome))
-            job.finish_step(step, outcome)
-            progress(job.trainer.step)
+            run.finish_step(step, outcome)
+            progress(run.trainer.step)
             rows = step.batch.rows
-        end = note_end(job, config, rows)
-        return RankRecord(job.mesh.dp_rank, job.mesh.tp.get_local_rank(), initial, made, end)
+        end = note_end(run, config, rows)
+        return RankRecord(run.mesh.dp_rank, run.mesh.tp.get_local_rank(), initial, made, end)
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""A process as a rank of its job: it joins the process group, builds the mesh, and says what it does and for how long.
+"""A process as a rank of its run: it joins the process group, and says what may take how long.
 
 Owns the limits: how long the watchdog lets a phase take, and collectives some seconds more: its message names the rank
 that hangs, and theirs does not.
@@ -8,15 +8,16 @@ import math
 import os
 import socket
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from titanlite.config import Config, resolve_degrees
+from titanlite.checkpoint import CheckpointError
+from titanlite.config import CommConfig
 from titanlite.log import logger
-from titanlite.parallel.mesh import Mesh, build_mesh, set_timeout
-from titanlite.run.agreement import PeerLost
+from titanlite.run.agreement import PeerLost, RunFailed
 from titanlite.run.watchdog import Watchdog
 
 SAVING_SECONDS = 1800  # that a save or a load may take: all of it is one phase to the watchdog
@@ -26,26 +27,38 @@ _PREPARING_SECONDS = 30 * 24 * 3600  # a rank may wait so long for indices and c
 
 
 class Membership:
-    """Joins at construction. Raises PeerLost where the others do not come in time."""
+    """Joins at construction, and leaves at the end of its block. Raises PeerLost where the others do not come in time,
+    and, at the end, where an error of this rank comes from one that is gone."""
 
-    mesh: Mesh
-
-    def __init__(self, config: Config, watchdog: Watchdog) -> None:
-        self._comm, self._watchdog = config.comm, watchdog
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    def __init__(self, comm: CommConfig, watchdog: Watchdog) -> None:
+        self.device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        self._comm, self._watchdog = comm, watchdog
+        self._gone: str | None = None
         watchdog.mark("meeting the other ranks")
         try:
-            self._joined = init_process_group(device_type, config.comm.init_timeout_seconds)
-            store = another_connection(config.comm.init_timeout_seconds) if self._joined else None
+            self._joined = init_process_group(self.device_type, comm.init_timeout_seconds)
+            store = another_connection(comm.init_timeout_seconds) if self._joined else None
         except OSError as error:
             raise PeerLost(str(error)) from error
         if store is not None:
             watchdog.connect(store, dist.get_rank(), dist.get_world_size())
-        self.mesh = build_mesh(device_type, *resolve_degrees(config.parallelism, dist.get_world_size()))
-        self.start()
+        self._groups = [dist.group.WORLD]
 
-    def start(self) -> None:
-        """From now on the limit of the start is in force."""
+    def __enter__(self) -> "Membership":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        # What ranks agree on is the same error on each; after another one, a peer may still wait in a collective.
+        if error is None or isinstance(error, RunFailed | CheckpointError):
+            if self._joined:
+                dist.destroy_process_group()
+            self._watchdog.close()
+        elif gone := self.gone(error):
+            raise PeerLost(f"{gone}; the next start goes on from the last checkpoint") from error
+
+    def start(self, groups: Iterable[dist.ProcessGroup] = ()) -> None:
+        """From now on the limit of the start is in force, of these groups' collectives too."""
+        self._groups += groups
         self._limit(self._comm.init_timeout_seconds, "comm.init_timeout_seconds")
 
     def train(self) -> None:
@@ -54,17 +67,24 @@ class Membership:
 
     def prepare(self) -> None:
         """None: what comes now may take any time on one rank, while the others wait."""
-        set_timeout(self.mesh, _PREPARING_SECONDS)
+        self._set_timeout(_PREPARING_SECONDS)
         self._watchdog.mark("preparing data", at_least=math.inf)
+
+    def gone(self, error: BaseException) -> str:
+        """Who of the others is gone, and so the cause of an error of this rank; empty: nobody. Takes seconds, once."""
+        if self._gone is None:
+            agreed_on = isinstance(error, RunFailed | CheckpointError)
+            self._gone = "" if agreed_on else self._watchdog.explain(error)
+        return self._gone
 
     def _limit(self, seconds: int, name: str) -> None:
         self._watchdog.set_timeout(seconds, name)
-        set_timeout(self.mesh, seconds + MARGIN_SECONDS)
+        self._set_timeout(seconds + MARGIN_SECONDS)
 
-    def leave(self) -> None:
-        """Together with all other ranks."""
-        if self._joined:
-            dist.destroy_process_group()
+    def _set_timeout(self, seconds: int) -> None:
+        """Let collectives wait that long. torch 2.13 has no public call for it; torchtitan uses this one."""
+        for group in self._groups:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def init_process_group(device_type: str, timeout_seconds: int, tell_seconds: float = 30) -> bool:

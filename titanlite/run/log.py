@@ -1,12 +1,13 @@
-"""What a job says while it runs: every step to the cursor log, logged steps to console, metrics and TensorBoard.
+"""What a run says: every step to the cursor log, logged steps to console, metrics and TensorBoard, and its summary.
 
 It also reads, at the same moments, whether loss and gradients are finite, because both wait for the device.
 """
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,53 +16,81 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titanlite.config import Config
-from titanlite.data.loader import Batch
+from titanlite.config import MetricsConfig, TrainingConfig
 from titanlite.log import logger
-from titanlite.model.transformer import flops_per_token
 from titanlite.run.agreement import RunFailed
 from titanlite.run.metrics import RunLog, StepMetrics, Throughput, peak_flops, peak_memory_gib
-from titanlite.trainer import StepResult, Trainer
 
 _MEAN_STEPS = 10
 
 
-class Report:
-    """Reports on a trainer from its current step on. Every rank has one; rank 0's writes. A context."""
+@dataclass(frozen=True)
+class StepReport:
+    """A step that was made."""
 
-    def __init__(self, config: Config, trainer: Trainer, skipped_before: int) -> None:
-        self._config, self._trainer = config, trainer
-        self._folder = Path(config.job.dump_folder)
-        self._skipped_before = skipped_before  # updates left out before the last resume
-        self._start_step, self._start_tokens = trainer.step, trainer.trained_targets
-        self._start_time = time.perf_counter()
+    number: int
+    tokens: int
+    """Target tokens trained by then."""
+    loss: Tensor
+    """On the device, where nobody waits for it before it is logged; so is the norm."""
+    grad_norm: Tensor
+    lr: float
+    batch_fingerprint: str
+    num_documents: int
+    """Pieces of documents in the rows of all ranks."""
+    cursor: Mapping[str, Any]
+    """Of the stream, after the step."""
+    ledgers: Mapping[str, Mapping[str, int]]
+    """By source, the counts of data/stream.py's Ledger since step 0."""
+    epochs: Mapping[str, float]
+    """Begun, by source."""
+
+
+class Report:
+    """Of a run, from a step on. Every rank has one; rank 0's writes. A context."""
+
+    def __init__(
+        self,
+        folder: Path,
+        metrics: MetricsConfig,
+        training: TrainingConfig,
+        *,
+        step: int,
+        tokens: int,
+        skipped_before: int,
+        bad_steps: Callable[[], tuple[int, int]],
+        flops_per_token: float,
+        device: torch.device,
+    ) -> None:
+        """step, tokens: made and trained by earlier processes. skipped_before: updates that they left out.
+
+        bad_steps: as optim.NonFiniteGuard.read.
+        """
+        self._folder, self._metrics, self._training, self._device = folder, metrics, training, device
+        self._start_step, self._start_tokens, self._start_time = step, tokens, time.perf_counter()
+        self._bad_steps, self._skipped_before, self._skipped = bad_steps, skipped_before, skipped_before
         self._fingerprints: dict[int, str] = {}  # of the steps since the last logged one, to name a bad one
-        self._result: StepResult | None = None  # of the last step
-        self._losses: deque[Tensor] = deque(maxlen=_MEAN_STEPS)  # on the device, where nobody waits for them
-        self._batch: Batch | None = None
-        self._skipped = skipped_before
+        self._last: StepReport | None = None
+        self._losses: deque[Tensor] = deque(maxlen=_MEAN_STEPS)  # on the device
         self._stack = ExitStack()
-        training = config.training
         self.throughput = Throughput(
-            step=trainer.step,
-            tokens=trainer.trained_targets,
+            step=step,
+            tokens=tokens,
             num_devices=dist.get_world_size(),
-            flops_per_step=flops_per_token(config.model, training.seq_len)
-            * (training.global_batch_size * training.seq_len),
-            peak_flops=peak_flops(torch.cuda.get_device_name()) if trainer.mesh.device.type == "cuda" else None,
+            flops_per_step=flops_per_token * training.global_batch_size * training.seq_len,
+            peak_flops=peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None,
         )
         self._run_log = None
         if dist.get_rank() == 0:
-            self._run_log = self._stack.enter_context(
-                RunLog(
-                    self._folder,
-                    start_step=trainer.step,
-                    total_steps=training.steps,
-                    enable_tensorboard=config.metrics.enable_tensorboard,
-                )
+            run_log = RunLog(
+                folder,
+                start_step=step,
+                total_steps=training.steps,
+                enable_tensorboard=metrics.enable_tensorboard,
             )
+            self._run_log = self._stack.enter_context(run_log)
 
-        self.sampled_step = trainer.step
+        self.sampled_step = step
         """The last step with samples, or the one that this process goes on from."""
         last = [self._run_log.validated_step if self._run_log is not None else 0]
         dist.broadcast_object_list(last, src=0)
@@ -71,54 +100,51 @@ class Report:
     def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            self._stack.close()
+        except OSError as failure:  # what they still held cannot be written
+            if error is None:
+                raise RunFailed(f"the logs cannot be closed: {failure}") from failure
 
-    def step(self, result: StepResult, fingerprint: str, batch: Batch, *, num_documents: int) -> None:
-        """The trainer made a step; num_documents are the pieces of documents in the rows of all ranks.
-
-        Raises as `check_finite` does, on all ranks, and OSError on rank 0 where its files cannot be written.
-        """
-        number, config = self._trainer.step, self._config
-        self._fingerprints[number], self._result, self._batch = fingerprint, result, batch
-        self._losses.append(result.loss)
-        logged = number == 1 or number % config.metrics.log_freq == 0 or number == config.training.steps
-        metrics = self._measure(result, fingerprint) if logged else None
+    def step(self, made: StepReport) -> None:
+        """Raises as `check_finite` does, on all ranks, and OSError on rank 0 where its files cannot be written."""
+        number, training = made.number, self._training
+        self._fingerprints[number], self._last = made.batch_fingerprint, made
+        self._losses.append(made.loss)
+        logged = number == 1 or number % self._metrics.log_freq == 0 or number == training.steps
+        metrics = self._measure(made) if logged else None
         if self._run_log is not None:
-            self._run_log.step(number, fingerprint, batch.cursor)
+            self._run_log.step(number, made.batch_fingerprint, made.cursor)
             if metrics is not None:
-                self._run_log.log(
-                    metrics,
-                    documents_per_row=num_documents / config.training.global_batch_size,
-                    **_data_scalars(batch),
-                )
+                per_row = made.num_documents / training.global_batch_size
+                self._run_log.log(metrics, documents_per_row=per_row, **_data_scalars(made))
         if logged:
             self.check_finite()
             self._fingerprints.clear()
 
-    def _measure(self, result: StepResult, fingerprint: str) -> StepMetrics:
+    def _measure(self, made: StepReport) -> StepMetrics:
         """The numbers of a logged step. Waits for the device; collective."""
-        number, tokens = self._trainer.step, self._trainer.trained_targets
-        loss, grad_norm = result.loss.item(), result.grad_norm.item()
-        speed = self.throughput.read(number, tokens)
+        loss, grad_norm = made.loss.item(), made.grad_norm.item()
+        speed = self.throughput.read(made.number, made.tokens)
         # The rank that waits longest, and the one that needs most memory, are the ones to know of.
-        worst = torch.tensor([speed.data_wait_fraction, peak_memory_gib(self._trainer.mesh.device)])
+        worst = torch.tensor([speed.data_wait_fraction, peak_memory_gib(self._device)])
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         data_wait_fraction, peak_memory = worst.tolist()
         return StepMetrics(
-            step=number,
+            step=made.number,
             loss=loss,
             mean_loss=self._mean_loss(),
             grad_norm=grad_norm,
-            lr=result.lr,
-            tokens=tokens,
+            lr=made.lr,
+            tokens=made.tokens,
             tokens_per_second=speed.tokens_per_second,
             tokens_per_second_per_device=speed.tokens_per_second_per_device,
             mfu=speed.mfu,
             data_wait_fraction=data_wait_fraction,
             step_time_seconds=speed.step_time_seconds,
             peak_memory_gib=peak_memory,
-            batch_fingerprint=fingerprint,
+            batch_fingerprint=made.batch_fingerprint,
         )
 
     def _mean_loss(self) -> float:
@@ -130,8 +156,8 @@ class Report:
 
         Raises RunFailed, naming the first bad step, where the config says that the run must stop.
         """
-        training = self._config.training
-        first, num_bad = self._trainer.guard.read()
+        training = self._training
+        first, num_bad = self._bad_steps()
         skipped = self._skipped_before + num_bad
         if skipped == self._skipped:  # none since the last time
             return skipped
@@ -158,52 +184,59 @@ class Report:
         if self._run_log is not None:
             self._run_log.validated(line, record)
 
-    def samples(self, texts: Mapping[str, str]) -> None:
-        """Continuations by prompt, of the model as it is now."""
-        self.sampled_step = self._trainer.step
+    def samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """Continuations by prompt, of the model after a step."""
+        self.sampled_step = step
         if self._run_log is not None:
-            self._run_log.samples(self._trainer.step, texts)
+            self._run_log.samples(step, texts)
 
-    def saved(self, seconds: float) -> None:
+    def saved(self, step: int, seconds: float) -> None:
         """A save held training up for so long."""
         if self._run_log is not None:
-            self._run_log.scalars(self._trainer.step, checkpoint_seconds=seconds)
+            self._run_log.scalars(step, checkpoint_seconds=seconds)
 
     def summary(self, ledgers: Mapping[str, Mapping[str, int]] | None, checkpoint: str) -> str | None:
         """The end-of-run text; None where this process made no step. Waits for the device.
 
-        ledgers: of each source, where they are not those of the last batch.
+        ledgers: of each source, where they are not those of the last step.
         """
-        if self._result is None or self._batch is None:
+        if self._last is None:
             return None
         seconds = time.perf_counter() - self._start_time
         return summary(
             self._folder,
             start_step=self._start_step,
-            step=self._trainer.step,
-            loss=self._result.loss.item(),
+            step=self._last.number,
+            loss=self._last.loss.item(),
             mean_loss=self._mean_loss(),
-            epochs=self._batch.epochs,
+            epochs=self._last.epochs,
             wall_seconds=seconds,
-            tokens_per_second=(self._trainer.trained_targets - self._start_tokens) / seconds,
-            ledgers=self._batch.source_ledgers if ledgers is None else ledgers,
+            tokens_per_second=(self._last.tokens - self._start_tokens) / seconds,
+            ledgers=self._last.ledgers if ledgers is None else ledgers,
             checkpoint=checkpoint,
         )
 
 
-def _data_scalars(batch: Batch) -> dict[str, float]:
+def _data_scalars(made: StepReport) -> dict[str, float]:
     """What TensorBoard shows of the data: see the table in metrics.py."""
-    ledger = batch.ledger
-    row_tokens = ledger["targets"] + ledger["document_first"] + ledger["padding"]
+    total = _total(made.ledgers)
     scalars: dict[str, float] = {
-        "bad_records": ledger["bad_records"],
-        "padding_fraction": ledger["padding"] / row_tokens,
-        "cut_fraction": ledger["cut"] / max(1, ledger["fitting"]),
+        "bad_records": total["bad_records"],
+        "padding_fraction": total["padding"] / _row_tokens(total),
+        "cut_fraction": total["cut"] / max(1, total["fitting"]),
     }
-    for name, counts in batch.source_ledgers.items():
+    for name, counts in made.ledgers.items():
         scalars |= {f"source/{name}/{key}": count for key, count in counts.items()}
-        scalars[f"source/{name}/epoch"] = batch.epochs[name]
+        scalars[f"source/{name}/epoch"] = made.epochs[name]
     return scalars
+
+
+def _total(ledgers: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    return {key: sum(ledger[key] for ledger in ledgers.values()) for key in next(iter(ledgers.values()))}
+
+
+def _row_tokens(ledger: Mapping[str, int]) -> int:
+    return ledger["targets"] + ledger["document_first"] + ledger["padding"]
 
 
 def summary(
@@ -225,8 +258,7 @@ def summary(
     speak of this process alone.
     """
     resumed = f" (resumed after step {start_step:,})" if start_step else ""
-    total = {key: sum(ledger[key] for ledger in ledgers.values()) for key in next(iter(ledgers.values()))}
-    row_tokens = total["targets"] + total["document_first"] + total["padding"]
+    total = _total(ledgers)
     rows = {
         "steps": f"{step:,}{resumed}",
         "final loss": f"{loss:.4f}, mean of the last {_MEAN_STEPS} steps {mean_loss:.4f}",
@@ -234,7 +266,7 @@ def summary(
         + (f", {next(iter(epochs.values())):.3f} epochs" if len(epochs) == 1 else ""),
         "tokens read": _ledger_line(total),
         "packing": f"{total['cut']:,} of {total['fitting']:,} documents that fit into a row were cut;"
-        f" {total['padding']:,} pads ({total['padding'] / row_tokens:.2%})",
+        f" {total['padding']:,} pads ({total['padding'] / _row_tokens(total):.2%})",
         **{
             f"  {name}": f"{epochs[name]:.3f} epochs, {ledger['targets'] / total['targets']:.2%} of the targets;"
             f" {_ledger_line(ledger)}"

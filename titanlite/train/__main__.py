@@ -6,15 +6,11 @@ Under torchrun every process is a rank; alone it is a job of one. `--help` expla
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from titanlite.config import Config, ConfigError, load_config
+from titanlite.config import ConfigError, load_config
 from titanlite.files import read_json
 from titanlite.log import init_logging, logger
 from titanlite.run.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from titanlite.train.run import Job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         watchdog.close()
         return 0
     from titanlite.checkpoint import CheckpointError
-    from titanlite.train.run import Job
+    from titanlite.train.run import Run
     from titanlite.validation import validate_checkpoint
 
     keep_freed_memory()
@@ -51,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         if config.validation.only:
             validate_checkpoint(config, watchdog)
         else:
-            with Job(config, watchdog) as job:
-                train(job, config)
+            with Run(config, watchdog) as run:
+                run.train()
     except PeerLost as error:
         logger.error("%s", error)
         return 1
@@ -61,17 +57,6 @@ def main(argv: list[str] | None = None) -> int:
             print(f"titanlite: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def train(job: "Job", config: Config) -> None:
-    """The training loop."""
-    while job.trainer.step < config.training.steps:
-        step = job.next_step()
-        if step is None:
-            break
-        result = job.trainer.train_step(step.batch, step.num_targets)
-        job.finish_step(step, result)
-    job.finish()
 
 
 if __name__ == "__main__":

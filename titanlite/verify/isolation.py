@@ -13,12 +13,12 @@ from functools import partial
 import torch
 
 from titanlite.config import Config
+from titanlite.loading import load_tokenizer
 from titanlite.model.attention import resolve_backend
 from titanlite.model.documents import IGNORE_INDEX, labels
 from titanlite.model.transformer import Llama, initial_mean_std
 from titanlite.parallel.apply import apply_activation_checkpoint, apply_compile
 from titanlite.parallel.init import init_weights
-from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import param_dtype
 from titanlite.verify.isolation_paths import MicroBatch, noisy, prepare
 from titanlite.verify.isolation_results import demanded, differences, measure, measure_generation
@@ -60,12 +60,7 @@ def build_model(config: Config, device: torch.device, compiled: bool) -> Llama:
 
 def compare(config: Config, device: torch.device) -> Iterator[tuple[MicroBatch, Comparison]]:
     """Compare on every path with every backend that can run on the device, and compiled too where the run is."""
-    tokenizer = Tokenizer.load(config.tokenizer.path)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size = {config.model.vocab_size} is less than the {tokenizer.vocab_size} ids of the tokenizer"
-            f" in tokenizer.path = {config.tokenizer.path!r}: raise model.vocab_size"
-        )
+    tokenizer = load_tokenizer(config)
     dtype, head_dim = param_dtype(config, device.type), config.model.dim // config.model.n_heads
     for path, batch in prepare(config, tokenizer):
         for compiled in (False, True) if config.compile.enable and batch.starts is None else (False,):
