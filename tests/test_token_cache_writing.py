@@ -43,7 +43,7 @@ from tests.token_caches import (
     write_corpus,
     write_jsonl,
 )
-from titanlite.data.cache import processes, progress, shard_writer, work, writer
+from titanlite.data.cache import processes, shards, writer
 from titanlite.data.cache.shards import Portion, plan_shards
 from titanlite.data.cache.writer import write_cache
 from titanlite.data.index import WritingStopped
@@ -118,7 +118,7 @@ def test_a_shard_that_is_there_once_the_lock_is_had_is_not_written_again(
 
     for path in shard_files(corpus):
         path.unlink()
-    monkeypatch.setattr(work, "shard_lock", late)
+    monkeypatch.setattr(processes, "shard_lock", late)
     monkeypatch.setattr(writer, "_estimate", lambda *_: 0.0)
     write(corpus, Watched(corpus / "notes"), 0)
     assert notes_of(corpus / "notes") == []
@@ -526,8 +526,8 @@ def test_a_bug_is_told_with_its_place(corpus: Path, num_processes: int) -> None:
 def test_log_lines_show_progress_and_time_left(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
-    monkeypatch.setattr(shard_writer, "_REPORT_BYTES", 200)
+    monkeypatch.setattr(processes, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(shards, "_REPORT_BYTES", 200)
     write(corpus, ByteTokenizer(), 0)
     lines = [line for line in log.messages if line.startswith("tokenising data: ")]
     shares = [float(line.split()[2].rstrip("%")) for line in lines]

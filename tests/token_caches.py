@@ -1,7 +1,6 @@
 """Token caches for tests: small corpora, small shards, a tokenizer that tells on those who use it. No torch, so that
 processes which get something from here start quickly."""
 
-import contextlib
 import gzip
 import json
 import os
@@ -17,7 +16,7 @@ import numpy as np
 
 from tests.byte_tokenizer import ByteTokenizer
 from titanlite.config.sections import SourceConfig
-from titanlite.data.cache import shard_writer, shards
+from titanlite.data.cache import shards
 from titanlite.data.cache.reader import CachedReader, open_cache
 from titanlite.data.cache.writer import write_cache
 from titanlite.data.source import Source, SourceError, open_source
@@ -56,9 +55,7 @@ class Broken(ByteTokenizer):
 @contextmanager
 def small_shards(size: int, block: int = shards.BLOCK_BYTES) -> Iterator[None]:
     """In this process: the sizes of shards reach others with the work, that of blocks does not."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.multiple(shards, _SMALL_SHARD=size, _DOCUMENT_BYTES=4, BLOCK_BYTES=block))
-        stack.enter_context(patch.object(shard_writer, "BLOCK_BYTES", block))
+    with patch.multiple(shards, _SMALL_SHARD=size, _DOCUMENT_BYTES=4, BLOCK_BYTES=block):
         yield
 
 

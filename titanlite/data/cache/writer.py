@@ -10,10 +10,17 @@ import os
 import shutil
 from collections.abc import Callable, Generator
 
-from titanlite.data.cache.processes import write_in_processes
-from titanlite.data.cache.progress import Event, Progress
+from titanlite.data.cache.processes import (
+    Event,
+    Job,
+    Progress,
+    records,
+    telling_the_fix,
+    token_width,
+    too_many,
+    write_in_processes,
+)
 from titanlite.data.cache.shards import Portion, Shard, plan_shards
-from titanlite.data.cache.work import Job, records, telling_the_fix, token_width, too_many
 from titanlite.data.index import WritingStopped, cache_folder
 from titanlite.data.source import Numbering, RecordError, Source
 from titanlite.data.stream import DocumentEncoder, encode_or_raise, num_text_bytes
