@@ -20,8 +20,8 @@ import pytest
 
 from tests.lives import forked, until
 from titanlite.log import logger
-from titanlite.run import claim as claim_module
-from titanlite.run.claim import Claim, InUse
+from titanlite.run import folder as claim_module
+from titanlite.run.folder import Claim, InUse
 
 BEAT, SILENT = 0.1, 1.5
 

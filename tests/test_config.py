@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 import titanlite.config
 from titanlite.config import Config, ConfigError, ParallelismConfig, diff, dump_toml, load_config, resolve_degrees
 from titanlite.config.checks import RANGES
-from titanlite.config.help import field_docs
+from titanlite.config.dump import field_docs
+from titanlite.config.load import key_lines, read_toml
 from titanlite.config.schema import COMMAND_LINE_ONLY, SCHEMA, SOURCE
-from titanlite.config.toml_file import key_lines, read_toml
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "train_configs").glob("*.toml"))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.test_config import ROOT, problems, write
 from titanlite.config import Config, DataConfig, SourceConfig, diff, dump_toml, load_config, source_configs
-from titanlite.config.help import help_text
+from titanlite.config.dump import help_text
 
 TWO = """\
 [data]

@@ -28,7 +28,7 @@ from titanlite.checkpoint import tensors as checkpoint_files
 from titanlite.data.loader import Loader, build_loader
 from titanlite.model.ops.cross_entropy import OutputHead
 from titanlite.run.agreement import RunFailed, agreed
-from titanlite.run.claim import claim_run_folder
+from titanlite.run.folder import claim_run_folder
 from titanlite.train import run as train_run
 from titanlite.train.__main__ import main
 from titanlite.train.run import Run

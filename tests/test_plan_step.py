@@ -16,9 +16,8 @@ from titanlite.config import Config, load_config, resolve_degrees
 from titanlite.model.documents import Examples
 from titanlite.parallel.mesh import build_mesh
 from titanlite.plan import step
-from titanlite.plan.extension import footprint
 from titanlite.plan.meter import BLOCK_BYTES, MemoryMeter
-from titanlite.plan.step import Footprint, Moment, fake_ranks, fake_step, measured_step
+from titanlite.plan.step import Footprint, Moment, fake_ranks, fake_step, footprint, measured_step
 from titanlite.trainer import Trainer, build_model
 
 # 262 rows of the embedding go to 4 ranks as 66, 66, 66 and 64.

@@ -480,7 +480,7 @@ def test_isolation_is_proven_of_its_rows_too(tmp_path: Path, capsys: pytest.Capt
     for backend in ("sdpa", "dense"):
         (row,) = [line.split() for line in lines if line.split()[:2] == ["validation", backend]]
         assert row[6:] == ["same", "same", "same", "-"]
-    with patch("titanlite.verify.isolation_results.build_documents", all_one_document):
+    with patch("titanlite.verify.isolation.build_documents", all_one_document):
         assert verify(arguments) == 1
     assert "NOT ISOLATED: validation, sdpa: " in capsys.readouterr().out
 

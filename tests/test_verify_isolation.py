@@ -26,11 +26,10 @@ from titanlite.model.ops.norm import RMSNorm
 from titanlite.parallel.mesh import build_mesh
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import Trainer
-from titanlite.verify import isolation_results as results
+from titanlite.verify import isolation as results
 from titanlite.verify.__main__ import main
-from titanlite.verify.isolation import Comparison, build_model, compare
+from titanlite.verify.isolation import Comparison, build_model, compare, measure
 from titanlite.verify.isolation_paths import Kept, choose_documents, noisy
-from titanlite.verify.isolation_results import measure
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,7 @@ from titanlite.config.sections import ActivationCheckpointConfig
 from titanlite.data.cache.writer import WritingStopped
 from titanlite.data.corpus import open_corpus
 from titanlite.model.transformer import flops_per_token, num_parameters
-from titanlite.plan.extension import SHALLOW, footprint
-from titanlite.plan.step import Footprint, fake_ranks, fake_step
+from titanlite.plan.step import SHALLOW, Footprint, fake_ranks, fake_step, footprint
 from titanlite.tokenizer import Tokenizer
 from titanlite.trainer import param_dtype
 

@@ -1,10 +1,12 @@
 """One step of the real training code under a memory meter, on fake tensors or on real ones.
 
-Owns the moments of a step: between which two of its parts a peak lies. Refuses formulas: what the step does is what is
-counted.
+Owns the moments of a step, between which two of its parts a peak lies, and what a deep model's step holds, from those
+of shallow ones: every block is like every other, so what a step holds at one place, counted from the first block or
+from the last one, is linear in the number of blocks. A peak over several places is not: each is extended by itself.
+Refuses formulas: what the step does is what is counted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +27,8 @@ from titanlite.parallel.mesh import Mesh, build_mesh
 from titanlite.plan.meter import MemoryMeter
 from titanlite.trainer import Trainer, build_model, param_dtype
 
+SHALLOW = (2, 3)
+"""Numbers of blocks that are traced: a first and a last one, and one in between."""
 MICRO_BATCHES = 2
 """More of them need no more memory: from the second one on there are gradients to add to."""
 
@@ -215,3 +219,38 @@ def _watch(trainer: Trainer, meter: MemoryMeter) -> list[int]:
 def storage_of(tensor: Tensor) -> torch.UntypedStorage:
     """Of this rank's part."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+
+
+def footprint(config: Config, trace: Callable[[Config], Footprint], exact: bool = False) -> Footprint:
+    """The footprint of all blocks, by tracing models of 2 and 3 blocks; `exact` traces all of them."""
+    num_layers = config.model.n_layers
+    if exact or num_layers <= SHALLOW[-1]:
+        return trace(config)
+    two, three = (trace(replace(config, model=replace(config.model, n_layers=n))) for n in SHALLOW)
+    return extend(two, three, num_layers)
+
+
+def extend(two: Footprint, three: Footprint, num_layers: int) -> Footprint:
+    """The footprint of `num_layers` blocks, 4 or more, from those of 2 and 3.
+
+    Of the blocks its peaks have the first two and the last two: between them they are linear in the block's number.
+    """
+
+    def line(at_two: int, at_three: int) -> int:
+        return at_three + (num_layers - 3) * (at_three - at_two)
+
+    peaks: dict[Moment, int] = {}
+    for moment, peak in three.peaks.items():
+        if not isinstance(moment.part, int):
+            peaks[moment] = line(two.peaks[moment], peak)
+    for phase, micro_batch in {(m.phase, m.micro_batch) for m in three.peaks if isinstance(m.part, int)}:
+        shallow, deep = (
+            [traced.peaks[Moment(phase, block, micro_batch)] for block in range(n)]
+            for traced, n in zip((two, three), SHALLOW, strict=True)
+        )
+        # Seen from the first block, more blocks add what one behind it holds; seen from the last, what one before it.
+        behind, before = (num_layers - 3) * (deep[0] - shallow[0]), (num_layers - 3) * (deep[2] - shallow[1])
+        places = {0: deep[0] + behind, 1: deep[1] + behind, -2: deep[1] + before, -1: deep[2] + before}
+        peaks |= {Moment(phase, block % num_layers, micro_batch): peak for block, peak in places.items()}
+    names = ("parameters", "gradients", "optimizer", "average", "checkpoint", "activations")
+    return Footprint(**{name: line(getattr(two, name), getattr(three, name)) for name in names}, peaks=peaks)

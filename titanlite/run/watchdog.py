@@ -11,20 +11,20 @@ import faulthandler
 import json
 import math
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from titanlite.log import logger
 from titanlite.run.pulse import PULSE_SECONDS, SILENT_SECONDS, Pulses, name
-from titanlite.run.signals import StopSignal
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 _TICK_SECONDS = 0.25
 _LONGEST_TICK_SECONDS = 2.0  # of a longer one this much counts: the process was suspended
@@ -32,6 +32,41 @@ _SETTLE_SECONDS = 1.0  # from a verdict to the end: the others hear of it, the l
 _STARTING_SECONDS = 10.0  # that a stop during the start waits for the main thread: nothing is lost there
 _ENDING_SECONDS = 10.0  # that a process with an error may take to end: a thread of it may wait for a dead rank
 _STORE_GONE_SECONDS = 5.0
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGUSR1, the schedulers' words for "you will be preempted". Made in the main thread.
+
+    Python runs a handler when its main thread comes back from what it waits in, a collective for instance. So they
+    come through a pipe too, into which Python writes at once, for a thread to see.
+    """
+
+    def __init__(self) -> None:
+        self._received: str | None = None
+        self._reader, writer = os.pipe()
+        for end in (self._reader, writer):
+            os.set_blocking(end, False)
+            # When the next one has taken the signals over; not at exit, where one may still come.
+            weakref.finalize(self, os.close, end).atexit = False
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    @property
+    def received(self) -> str | None:
+        """The name of the signal."""
+        with suppress(BlockingIOError):
+            for number in os.read(self._reader, 1000):
+                if number in (signal.SIGTERM, signal.SIGUSR1):
+                    self._received = signal.Signals(number).name
+        return self._received
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._received = signal.Signals(number).name
+
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 
 @dataclass(frozen=True)
