@@ -93,7 +93,7 @@ class Jsonl(OpenFile):
     def read(self, position: int, end: int) -> bytes:
         if not 0 <= position < end <= self.file.size:
             self._index.forget()
-            raise OSError("its index was changed during the run; start again, which builds it anew")
+            raise self._index.changed()
         raw = os.pread(self.descriptor, end - position, position)
         while len(raw) < end - position:  # the kernel reads at most 2 GiB at once
             more = os.pread(self.descriptor, end - position - len(raw), position + len(raw))

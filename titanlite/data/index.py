@@ -50,8 +50,12 @@ class Index:
         """int64 [num_records + 1], memory-mapped; record k is bytes [b[k], b[k + 1]). Raises OSError where the file has
         been cut off: to read it there would end the process by a signal."""
         if self._mapped.size() != len(self._mapped):
-            raise OSError(f"its index {self._path} was changed during the run; start again, which builds it anew")
+            raise self.changed()
         return self._bounds
+
+    def changed(self) -> OSError:
+        """What is said where it is not what it was."""
+        return OSError(f"its index {self._path} was changed during the run; start again, which builds it anew")
 
     def forget(self) -> None:
         """The index is not that of the file: let the next start build it."""
