@@ -19,6 +19,7 @@ VARIANTS = {
     "tied": replace(TINY, tie_embeddings=True),
     "rope-scaled": replace(TINY, **SCALED),
     "biases": replace(TINY, attention_bias=True, mlp_bias=True),
+    "wide-heads": replace(TINY, head_dim=20),
 }
 variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 

@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases-scaled": {
         "model__attention_bias": True,
         "model__mlp_bias": True,
+        "model__head_dim": 12,
         "model__rope_scaling_factor": 4.0,
         "model__rope_original_max_seq_len": 32,
     },

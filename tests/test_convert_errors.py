@@ -75,7 +75,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "code of its own": ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, ["auto_map"]),
     "another architecture": ({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, ["Qwen2", "model_type"]),
     "another activation": ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
-    "head_dim": ({"head_dim": 16}, ["head_dim = 16"]),
+    "head_dim": ({"head_dim": 16}, ["q_proj.weight has shape [32, 32] instead of [64, 32]"]),
     "heads": ({"num_key_value_heads": 3}, ["n_kv_heads = 3 does not divide"]),
     "no size": ({"hidden_size": None}, ["no hidden_size"]),
     "a size that is a text": ({"hidden_size": "32"}, ["hidden_size = '32': must be int"]),

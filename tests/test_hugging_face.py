@@ -40,6 +40,7 @@ def hugging_face(model: Llama) -> tuple[nn.Module, dict[str, str]]:
             num_hidden_layers=c.n_layers,
             num_attention_heads=c.n_heads,
             num_key_value_heads=c.n_kv_heads,
+            head_dim=c.head_dim or c.dim // c.n_heads,
             rms_norm_eps=c.norm_eps,
             rope_parameters=scaling,
             max_position_embeddings=128,

@@ -269,7 +269,7 @@ def test_every_parameter_has_a_stated_distribution(config: ModelConfig) -> None:
         assert initial_mean_std(name, config) == wanted, name
 
 
-@pytest.mark.parametrize("name", ["plain", "no-grouping", "tied"])
+@pytest.mark.parametrize("name", ["plain", "no-grouping", "tied", "wide-heads"])
 def test_flops_per_token_are_the_counted_ones_and_six_per_norm_weight(name: str) -> None:
     config, seq_len = VARIANTS[name], 24
     model, tokens = build(config), tokens_with_documents(seq_len)

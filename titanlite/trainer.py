@@ -66,7 +66,7 @@ class Trainer:
         self.config, self.mesh = config, mesh
         self.step = 0
         self.trained_targets = 0
-        head_dim, dtype = config.model.dim // config.model.n_heads, param_dtype(config, mesh.device.type)
+        head_dim, dtype = config.model.head_size, param_dtype(config, mesh.device.type)
         if config.parallelism.enable_cpu_offload and mesh.device.type == "cpu":
             raise ValueError("parallelism.enable_cpu_offload = true: parameters are in CPU memory already; use false")
         self.backend = resolve_backend(

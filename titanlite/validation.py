@@ -274,7 +274,7 @@ def _validate_checkpoint(config: Config, mesh: Mesh, membership: Membership, wat
     membership.start()
     watchdog.mark("building the model")
     with agreed():
-        dtype, head_dim = param_dtype(config, mesh.device.type), config.model.dim // config.model.n_heads
+        dtype, head_dim = param_dtype(config, mesh.device.type), config.model.head_size
         backend = resolve_backend(
             config.model.attention,
             device_type=mesh.device.type,

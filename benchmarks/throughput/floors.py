@@ -21,7 +21,7 @@ class Gemms:
 
     def __init__(self, case: Case) -> None:
         model, tokens = case.model, case.rows * case.seq_len
-        kv_dim = model.dim // model.n_heads * model.n_kv_heads
+        kv_dim = model.head_size * model.n_kv_heads
         dtype = getattr(torch, case.dtype)
         layer = [(model.dim, model.dim)] * 2 + [(model.dim, kv_dim)] * 2
         layer += [(model.dim, model.ffn_dim)] * 2 + [(model.ffn_dim, model.dim)]
@@ -62,7 +62,7 @@ class GemmsAndAttention(Gemms):
             (model.n_kv_heads, True),
             (model.n_heads, False),
         ):
-            shape = (1, heads, length, model.dim // model.n_heads)
+            shape = (1, heads, length, model.head_size)
             yield torch.ones(shape, dtype=getattr(torch, self.case.dtype), requires_grad=learns)
 
 

@@ -6,96 +6,57 @@ out is an error, not ignored. The settings of a feature that is switched off (ch
 """
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Set
-from typing import Any
+from collections.abc import Iterator, Mapping, Set
+from contextlib import suppress
+from typing import Any, cast
 
-from titanlite.config.degrees import check_degrees, divisors, listed
+from titanlite.config.degrees import check_data_parallel, check_tensor_parallel, divisors, listed
 from titanlite.config.dump import toml_value
-from titanlite.config.schema import SCHEMA, from_tables, schema_name, to_tables
+from titanlite.config.schema import SCHEMA, schema_name, to_tables
 from titanlite.config.sections import Config, source_configs
 
-LIMIT = 2**31  # of counts: every one of them ends up as a 32-bit size or index somewhere
-RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
-    (
-        "from 1 to 2147483647",
-        lambda v: 1 <= v < LIMIT,
-        "model.dim model.n_layers model.n_heads model.n_kv_heads model.ffn_dim model.vocab_size"
-        " model.rope_original_max_seq_len data.shuffle_block training.steps training.seq_len training.local_batch_size"
-        " training.global_batch_size training.max_skipped_steps parallelism.data_parallel_replicate_degree"
-        " parallelism.tensor_parallel_degree checkpoint.interval metrics.log_freq profiling.profile_freq"
-        " comm.init_timeout_seconds comm.train_timeout_seconds validation.freq validation.sample_freq"
-        " validation.sample_tokens data.window_tokens",
-    ),
-    (
-        "-1, or from 1 to 2147483647",
-        lambda v: v == -1 or 1 <= v < LIMIT,
-        "parallelism.data_parallel_shard_degree checkpoint.load_step",
-    ),
-    (
-        "from 0 to 2147483647",
-        lambda v: 0 <= v < LIMIT,
-        "data.max_epochs data.sources.NAME.max_epochs data.max_bad_records data.num_workers data.prefetch"
-        " lr_scheduler.warmup_steps lr_scheduler.total_steps checkpoint.keep_latest_k comm.grace_seconds"
-        " validation.max_documents",
-    ),
-    ("from 0 to 9223372036854775807", lambda v: 0 <= v < 2**63, "training.seed"),
-    (
-        "above 0",
-        lambda v: v > 0,
-        "model.norm_eps model.init_std model.rope_theta model.rope_low_freq_factor model.rope_high_freq_factor"
-        " optimizer.lr optimizer.eps",
-    ),
-    ("at least 0", lambda v: v >= 0, "training.max_norm optimizer.weight_decay"),
-    ("from 0 to 1e18", lambda v: 0 <= v <= 1e18, "data.sources.NAME.weight"),
-    ("at least 1", lambda v: v >= 1, "model.rope_scaling_factor"),
-    ("from 0 to 1", lambda v: 0 <= v <= 1, "lr_scheduler.decay_ratio lr_scheduler.lr_min"),
-    (
-        "at least 0 and below 1",
-        lambda v: 0 <= v < 1,
-        "data.held_out_fraction training.ema_decay optimizer.beta1 optimizer.beta2 optimizer.muon_momentum",
-    ),
-    ("from 1 to 99", lambda v: 1 <= v <= 99, "optimizer.muon_ns_steps"),
-    (
-        "not empty",
-        bool,
-        "job.dump_folder tokenizer.path data.text_field data.sources.NAME.text_field compile.backend"
-        " validation.text_field",
-    ),
-    (
-        "without empty strings",
-        all,
-        "data.paths data.exclude data.sources.NAME.paths data.sources.NAME.exclude validation.paths validation.exclude"
-        " validation.sample_prompts",
-    ),
-]
+
+class _Doubt(Exception):
+    """A rule asked for a key that is known to be wrong."""
+
+
+class _Known:
+    """A config, or a section of it, of which no wrong key can be read."""
+
+    def __init__(self, section: Any, name: str, doubtful: Set[str]) -> None:
+        self._section, self._name, self._doubtful = section, name, doubtful
+
+    def __getattr__(self, key: str) -> Any:
+        return self._of(getattr(self._section, key), f"{self._name}.{key}" if self._name else key)
+
+    def _of(self, value: Any, name: str) -> Any:
+        if name in self._doubtful:
+            raise _Doubt
+        if isinstance(value, Mapping):
+            return {key: self._of(item, f"{name}.{key}") for key, item in value.items()}
+        return _Known(value, name, self._doubtful) if dataclasses.is_dataclass(value) else value
 
 
 def check(config: Config, world_size: int | None, doubtful: Set[str] = frozenset()) -> list[str]:
     """What is wrong, one line each, naming keys, values and the fix.
 
-    world_size is the number of ranks, None where it is not known yet. doubtful: keys (`section.key`) that are known to
-    be wrong already; what depends on them is not reported.
+    world_size is the number of ranks, None where it is not known yet. doubtful: sections and keys (`section.key`) that
+    are known to be wrong already; a rule says nothing from where it needs one of them, or a key out of its range.
     """
-    out_of_range: dict[str, str] = {}
-    tables = to_tables(dataclasses.asdict(config))
-    for wanted, fits, names in RANGES:
-        for section, _, key in (name.rpartition(".") for name in names.split()):
-            for table in tables:
-                if schema_name(table) == section and not fits(value := tables[table][key]):
-                    out_of_range[f"{table}.{key}"] = f"{table}.{key} = {toml_value(value)}: must be {wanted}"
-                    tables[table][key] = SCHEMA[section][key].default  # a stand-in: the rules below divide by it
-    config = from_tables(tables)
-    doubtful = doubtful | out_of_range.keys()
+    out_of_range = {
+        f"{table}.{key}": f"{table}.{key} = {toml_value(value)}: must be {limits.words}"
+        for table, values in to_tables(dataclasses.asdict(config)).items()
+        for key, value in values.items()
+        if (limits := SCHEMA[schema_name(table)][key].range) and not limits.holds(value)
+    }
+    known = cast(Config, _Known(config, "", doubtful | out_of_range.keys()))
     rules = (_paths, _model, _training, _optimizer, _schedule, _data, _sources, _checkpoint, _validation)
-    together = [problem for rule in rules for problem in rule(config)] + list(check_degrees(config, world_size))
-    return [*out_of_range.values(), *(p for p in together if not _speaks_of(p, doubtful))]
-
-
-def _speaks_of(problem: str, doubtful: Set[str]) -> bool:
-    """Whether a message names one of these keys, or a key of one of these tables."""
-    names = re.findall(r"[a-z_]+(?:\.[\w-]+)+", problem)
-    return any(f"{name}.".startswith(f"{other}.") for name in names for other in doubtful)
+    found = [*(rule(known) for rule in rules), check_tensor_parallel(known), check_data_parallel(known, world_size)]
+    problems = list(out_of_range.values())
+    for together in found:
+        with suppress(_Doubt):
+            problems.extend(together)
+    return problems
 
 
 def _paths(config: Config) -> Iterator[str]:
@@ -108,10 +69,13 @@ def _paths(config: Config) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     m = config.model
-    if m.dim % m.n_heads:
+    if m.head_dim:
+        if m.head_dim % 2:
+            yield f"model.head_dim = {m.head_dim} is odd: rotary embeddings turn pairs, so use {m.head_dim + 1}"
+    elif m.dim % m.n_heads:
         yield (
             f"model.n_heads = {m.n_heads} does not divide model.dim = {m.dim}: use for example model.dim ="
-            f" {-(-m.dim // m.n_heads) * m.n_heads}"
+            f" {-(-m.dim // m.n_heads) * m.n_heads}, or name the width of a head in model.head_dim"
         )
     elif m.dim // m.n_heads % 2:
         yield (

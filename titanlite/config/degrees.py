@@ -32,9 +32,8 @@ def resolve_degrees(parallelism: ParallelismConfig, world_size: int) -> tuple[in
     return replicate, shard, tp
 
 
-def check_degrees(config: Config, world_size: int | None) -> Iterator[str]:
-    """Degrees against ranks, model sizes and batch sizes; without a world size, what can be said without it."""
-    yield from _check_tensor_parallel(config)
+def check_data_parallel(config: Config, world_size: int | None) -> Iterator[str]:
+    """Degrees against ranks and batch sizes; without a world size, what can be said without it."""
     parallelism = config.parallelism
     dp_degree = 0  # not known
     if world_size is not None:
@@ -69,7 +68,8 @@ def _check_batch(rows: int, local: int, dp_degree: int) -> Iterator[str]:
         )
 
 
-def _check_tensor_parallel(config: Config) -> Iterator[str]:
+def check_tensor_parallel(config: Config) -> Iterator[str]:
+    """Its degree against the sizes that it splits."""
     tp, model = config.parallelism.tensor_parallel_degree, config.model
     split = {
         "model.n_heads": model.n_heads,

@@ -7,11 +7,10 @@ import dataclasses
 import json
 import math
 import re
-from typing import Any, Literal, get_args, get_origin
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from titanlite.config.sections import Config, DataConfig, SourceConfig
-
-Field = dataclasses.Field[Any]
+from titanlite.config.sections import Config, DataConfig, Range, SourceConfig
 
 SOURCES = "data.sources."
 SOURCE = SOURCES + "NAME"  # stands for the table of each source
@@ -24,8 +23,24 @@ SECTIONS: dict[str, Any] = {
     for name, kind in [(field.name, field.type), (SOURCE, SourceConfig)]
     if kind is not SourceConfig or field.type is DataConfig
 }
+
+
+@dataclass(frozen=True)
+class Field:
+    """A key."""
+
+    type: Any
+    default: Any
+    range: Range | None
+
+
+def _field(of: "dataclasses.Field[Any]") -> Field:
+    kind, limits = get_args(of.type) if get_origin(of.type) is Annotated else (of.type, None)
+    return Field(kind, of.default, limits)
+
+
 SCHEMA: dict[str, dict[str, Field]] = {
-    name: {field.name: field for field in dataclasses.fields(section) if field.name != "sources"}
+    name: {field.name: _field(field) for field in dataclasses.fields(section) if field.name != "sources"}
     for name, section in SECTIONS.items()
 }
 COMMAND_LINE_ONLY = {  # key -> what is said of it in a file

@@ -67,7 +67,7 @@ def to_config_json(model: ModelConfig, dtype: torch.dtype, max_positions: int) -
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{theirs: getattr(model, ours) for theirs, ours in (_SIZES | _FLAGS).items()},
         "num_key_value_heads": model.n_kv_heads,
-        "head_dim": model.dim // model.n_heads,
+        "head_dim": model.head_size,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
@@ -109,9 +109,9 @@ def from_config_json(content: dict[str, Any]) -> Imported:
     values["n_kv_heads"] = take("num_key_value_heads", values["n_heads"])
     values["norm_eps"] = take("rms_norm_eps", 1e-6, float)
     _take_rope(left, values, take, problems)
-    head_dim = left.pop("head_dim", None)
-    if values["dim"] and values["n_heads"] and head_dim not in (None, values["dim"] / values["n_heads"]):
-        problems.append(f"head_dim = {head_dim!r:.40}: titanlite's is hidden_size / num_attention_heads")
+    head_dim = take("head_dim", 0)
+    if not values["n_heads"] or head_dim * values["n_heads"] != values["dim"]:
+        values["head_dim"] = head_dim
     problems += [f"{key} = {value!r:.40}: not understood" for key, value in left.items() if value is not None]
     max_positions = content.get("max_position_embeddings", 2048)
     if type(max_positions) is not int or max_positions < 1:

@@ -20,7 +20,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
     low_freq_factor times in the original context is slowed by the factor, one that turns more than high_freq_factor
     times is left alone, and the blend in between is linear in the number of turns.
     """
-    head_dim = config.dim // config.n_heads
+    head_dim = config.head_size
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling_factor == 1.0:

@@ -18,11 +18,11 @@ from titanlite.model.rope import apply_rope, rope_rotations
 
 
 class Attention(nn.Module):
-    """Grouped-query attention within documents. head_dim is dim / n_heads."""
+    """Grouped-query attention within documents."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.dim // config.n_heads
+        self.head_dim = config.head_size
         bias = config.attention_bias
         self.wq = Linear(config.dim, config.n_heads * self.head_dim, bias)
         self.wk = Linear(config.dim, config.n_kv_heads * self.head_dim, bias)
@@ -106,19 +106,16 @@ def initial_mean_std(name: str, config: ModelConfig) -> tuple[float, float]:
 
 def num_parameters(config: ModelConfig) -> int:
     """Number of parameters; a tied head counts once."""
-    dim, kv_dim = config.dim, config.dim // config.n_heads * config.n_kv_heads
-    attention = 2 * dim * dim + 2 * dim * kv_dim + config.attention_bias * (2 * dim + 2 * kv_dim)
-    feed_forward = 3 * dim * config.ffn_dim + config.mlp_bias * (2 * config.ffn_dim + dim)
-    embeddings = (1 if config.tie_embeddings else 2) * config.vocab_size * dim
-    return config.n_layers * (attention + feed_forward + 2 * dim) + dim + embeddings
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config).parameters())
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Nominal floating-point operations of forward and backward per token, for MFU (PaLM, arXiv:2204.02311, B).
 
     Six for every parameter but the embedding's, whose lookup multiplies nothing (a tied matrix counts as the head),
-    and 12 n_layers dim seq_len for attention as if every token saw the whole row: neither causality, nor documents,
-    nor recomputation change the number.
+    and 12 n_layers n_heads head_dim seq_len for attention as if every token saw the whole row: neither causality, nor
+    documents, nor recomputation change the number.
     """
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.dim
-    return 6 * (num_parameters(config) - lookup) + 12 * config.n_layers * config.dim * seq_len
+    return 6 * (num_parameters(config) - lookup) + 12 * config.n_layers * config.n_heads * config.head_size * seq_len

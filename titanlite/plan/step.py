@@ -87,7 +87,7 @@ def stand_in(config: Config, target: str) -> Config:
         model.attention,
         device_type=target,
         seq_len=config.training.seq_len,
-        head_dim=model.dim // model.n_heads,
+        head_dim=model.head_size,
         dtype=dtype,
     )
     type_name: Any = str(dtype).removeprefix("torch.")

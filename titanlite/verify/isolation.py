@@ -184,7 +184,7 @@ def build_model(config: Config, device: torch.device, compiled: bool) -> Llama:
 def compare(config: Config, device: torch.device) -> Iterator[tuple[MicroBatch, Comparison]]:
     """Compare on every path with every backend that can run on the device, and compiled too where the run is."""
     tokenizer = load_tokenizer(config)
-    dtype, head_dim = param_dtype(config, device.type), config.model.dim // config.model.n_heads
+    dtype, head_dim = param_dtype(config, device.type), config.model.head_size
     for path, batch in prepare(config, tokenizer):
         for compiled in (False, True) if config.compile.enable and batch.starts is None else (False,):
             model = build_model(config, device, compiled)
