@@ -28,7 +28,7 @@ from titanlite.config import CompileConfig, Config
 from titanlite.model import decode
 from titanlite.model import transformer as llama
 from titanlite.model.attention import Documents, build_documents, realise
-from titanlite.model.documents import labels
+from titanlite.model.documents import Examples, labels
 from titanlite.model.transformer import Llama
 from titanlite.parallel.mesh import Mesh
 from titanlite.parity import ending, recording
@@ -233,8 +233,10 @@ def other_rows(patch: pytest.MonkeyPatch, rank: int) -> None:
     """One rank trains on its rows in another order, at step 2; its loader never knew."""
     exact = Trainer.train_step
 
-    def step(self: Trainer, rows: Tensor, num_targets: int) -> StepResult:
-        return exact(self, rows.flip(0) if rank == 1 and self.step == 1 else rows, num_targets)
+    def step(self: Trainer, examples: Examples, num_targets: int) -> StepResult:
+        if rank == 1 and self.step == 1:
+            examples = Examples(*(t.flip(0) for t in (examples.tokens, examples.labels, examples.starts)))
+        return exact(self, examples, num_targets)
 
     patch.setattr(Trainer, "train_step", step)
 

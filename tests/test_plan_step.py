@@ -107,9 +107,9 @@ def by_hand(config: Config, mode: str) -> int:
     feed_forward += 4 * 2 * tokens * model.ffn_dim  # outputs of w1 and w3, silu, product
     block = {"none": attention + feed_forward, "full": norm_input}[mode]
     cos_sin = 2 * 4 * tokens * (model.dim // model.n_heads // 2)
-    starts_positions = 2 * 8 * tokens
+    positions = 8 * tokens  # the starts are the batch's
     final_norm = norm_input + inverse_root + 2 * tokens * model.dim
-    return model.n_layers * block + cos_sin + starts_positions + final_norm
+    return model.n_layers * block + cos_sin + positions + final_norm
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
@@ -165,7 +165,7 @@ def test_more_micro_batches_than_are_traced_need_no_more(tmp_path: Path, monkeyp
     monkeypatch.setattr(step, "MICRO_BATCHES", 4)
     four = faked(config, layout)
     assert {m.micro_batch for m in four.peaks} == {0, 1, 2, 3}
-    rows = 8 * 4 * 65  # int64, of 4 more rows, which the host would hold
+    rows = 2 * 8 * 4 * 64  # tokens, which stand for labels too, and starts of 4 more rows, which the host would hold
     assert 0 <= max(four.peaks.values()) - max(two.peaks.values()) <= rows + 4 * BLOCK_BYTES  # and losses
 
 

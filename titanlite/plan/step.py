@@ -127,8 +127,8 @@ def measured_step(trainer: Trainer, meter: MemoryMeter) -> Footprint:
     training = config.training
     num_rows = training.global_batch_size // mesh.dp_degree
     num_rows = min(num_rows, MICRO_BATCHES * training.local_batch_size)
-    rows = torch.ones(num_rows, training.seq_len + 1, dtype=torch.int64, device=mesh.device)
-    examples = Examples.by_eos(rows, eos_id=0)
+    ones = torch.ones(num_rows, training.seq_len, dtype=torch.int64, device=mesh.device)
+    examples = Examples(ones, ones, torch.zeros_like(ones))
     gradients: list[int] = []
 
     def count_gradients() -> None:
