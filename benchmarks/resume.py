@@ -20,7 +20,7 @@ from titanlite.data.feed import StreamSource
 from titanlite.data.mixture import Deck
 from titanlite.data.order import DocumentOrder, HeldOut
 from titanlite.data.source import Numbering
-from titanlite.data.stream import Documents
+from titanlite.data.stream import EncodedDocuments
 
 NUM_DOCUMENTS = 2_000_000_000
 MEAN_TOKENS, BYTES_PER_TOKEN = 300, 4
@@ -39,11 +39,11 @@ class SyntheticReader:
     def sizes(self, documents: np.ndarray) -> np.ndarray:
         return (documents * 2654435761 % (2 * MEAN_TOKENS - 1) + 1) * BYTES_PER_TOKEN
 
-    def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
+    def read(self, documents: np.ndarray, keep: np.ndarray) -> EncodedDocuments:
         sizes = self.sizes(documents) * keep
         lengths = sizes // BYTES_PER_TOKEN
         ids = np.repeat(documents % 8000, lengths).astype(np.int32)
-        return Documents(ids, lengths, sizes, [])
+        return EncodedDocuments(ids, lengths, sizes, [])
 
     def tokens(self, documents: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         raise AssertionError("they came with `read`")

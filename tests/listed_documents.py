@@ -8,7 +8,7 @@ import numpy as np
 from titanlite.data.feed import SourceRows, StreamSource
 from titanlite.data.order import DocumentOrder, HeldOut
 from titanlite.data.source import Numbering, RecordError
-from titanlite.data.stream import Documents, SourceCursor
+from titanlite.data.stream import EncodedDocuments, SourceCursor
 from titanlite.data.windows import BestFit, Dealing, Split
 
 EOS = 2**31 - 1
@@ -28,11 +28,11 @@ class ListedReader:
     def sizes(self, documents: np.ndarray) -> np.ndarray:
         return self.lengths[documents]
 
-    def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
+    def read(self, documents: np.ndarray, keep: np.ndarray) -> EncodedDocuments:
         lengths = np.where(keep, self.lengths[documents], 0)
         bad = [(i, RecordError(self.locate(int(documents[i])), "bad")) for i in np.flatnonzero(keep & (lengths == 0))]
         ids = None if self.on_demand else self.tokens(documents, np.zeros_like(lengths), lengths)
-        return Documents(ids, lengths, np.where(lengths > 0, documents + 1, 0), bad)
+        return EncodedDocuments(ids, lengths, np.where(lengths > 0, documents + 1, 0), bad)
 
     def tokens(self, documents: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         self.num_read += int(sizes.sum())

@@ -150,12 +150,52 @@ def unlisted_private_names(path: str, source: str) -> Iterator[str]:
     yield from (f"{p}: {name} is private" for p, name in private_names(path, source) if (p, name) not in PRIVATE)
 
 
-LAWS = [forbidden_imports, import_effects, unlisted_private_names, too_long, undocumented]
+# What crosses rooms is a dataclass. A dict with agreed keys may be in a signature where it is JSON or TOML: by room.
+JSON = {
+    "files": "what it reads and writes",
+    "config": "what TOML files and the JSON of a checkpoint hold, before it is a Config",
+    "checkpoint": "a manifest, and what others put into it: a Meta's fields, which old versions wrote too",
+    "data": "cursors and manifests of corpora: the state of a torchdata Loader is JSON",
+    "inspection": "cursors",
+    "verify": "cursors",
+    "show": "cursors, and lines of a run's logs",
+    "run": "lines of logs, env.json, and the pulses that ranks send",
+    "convert": "config.json and tokenizer files",
+    "plan": "what --json prints",
+}
+
+
+def dicts_across_rooms(path: str, source: str) -> Iterator[str]:
+    """Public signatures and fields with a dict that holds anything, in rooms that have no JSON to speak of."""
+    if room_of(path) in JSON:
+        return
+    for node in ast.walk(ast.parse(source)):
+        annotations: list[ast.expr | None] = []
+        if isinstance(node, ast.ClassDef):
+            annotations = [field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            annotations = [a.annotation for a in (*node.args.args, *node.args.kwonlyargs)] + [node.returns]
+        for annotation in filter(None, annotations):
+            if re.search(r"(dict|Mapping)\[str, Any\]", written := ast.unparse(annotation)):
+                yield f"{path}:{annotation.lineno}: {written}: let a dataclass name what is in it"
+
+
+LAWS = [forbidden_imports, import_effects, unlisted_private_names, dicts_across_rooms, too_long, undocumented]
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_the_package_keeps_the_law(law: Callable[[str, str], Iterator[str]]) -> None:
     assert [problem for path, source in FILES.items() for problem in law(path, source)] == []
+
+
+def test_no_name_is_two_things() -> None:
+    """A class's name is found in one file: a reader who searches for it finds what it is."""
+    places: dict[str, list[str]] = {}
+    for path, source in FILES.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(path)
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
 
 
 def test_no_private_name_is_listed_in_vain() -> None:
@@ -191,6 +231,9 @@ def test_no_private_name_is_listed_in_vain() -> None:
         (unlisted_private_names, "optim.py", "import torch._dynamo"),
         (unlisted_private_names, "optim.py", "import torch\ntorch._C._cuda_init()"),
         (unlisted_private_names, "optim.py", "def f(x): return x._local_tensor"),
+        (dicts_across_rooms, "trainer.py", "def state(self) -> dict[str, Any]: ..."),
+        (dicts_across_rooms, "trainer.py", "class A:\n    facts: Mapping[str, Any]"),
+        (dicts_across_rooms, "loading.py", "def f(*, meta: dict[str, Any]): ..."),
         (too_long, "optim.py", 401 * "\n"),
         (too_long, "optim.py", "def f():\n" + 80 * "    pass\n"),
         (undocumented, "optim.py", "import torch"),

@@ -22,7 +22,7 @@ from titanlite.data.cache.reader import open_cache
 from titanlite.data.cache.shards import plan_shards
 from titanlite.data.files import SourceFile
 from titanlite.data.source import Numbering, Source, SourceError
-from titanlite.data.stream import Documents, StreamedReader
+from titanlite.data.stream import EncodedDocuments, StreamedReader
 
 
 class WideTokenizer(ByteTokenizer):
@@ -38,7 +38,7 @@ class WideTokenizer(ByteTokenizer):
         return super().encode_document(text) + 70_000
 
 
-def same(a: Documents, b: Documents) -> bool:
+def same(a: EncodedDocuments, b: EncodedDocuments) -> bool:
     arrays = [(a.ids, b.ids), (a.lengths, b.lengths), (a.bytes, b.bytes)]
     return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in arrays) and [
         (i, type(bad), str(bad), bad.reason) for i, bad in a.bad

@@ -44,7 +44,7 @@ from tests.token_caches import (
     write_jsonl,
 )
 from titanlite.data.cache import processes, shards, writer
-from titanlite.data.cache.shards import Portion, plan_shards
+from titanlite.data.cache.shards import ShardPlan, plan_shards
 from titanlite.data.cache.writer import write_cache
 from titanlite.data.index import WritingStopped
 from titanlite.data.source import SourceError
@@ -112,7 +112,7 @@ def test_a_shard_that_is_there_once_the_lock_is_had_is_not_written_again(
     shutil.copytree(corpus / "cache", corpus / "of another job")
 
     @contextmanager
-    def late(folder: str, portion: Portion) -> Iterator[bool]:
+    def late(folder: str, portion: ShardPlan) -> Iterator[bool]:
         shutil.copy(corpus / "of another job" / portion.name, folder)
         yield True
 

@@ -25,15 +25,15 @@ from titanlite.data.feed import EndOfData, SourceRows
 from titanlite.data.order import DocumentOrder
 from titanlite.data.rows import RowStream
 from titanlite.data.source import open_source
-from titanlite.data.stream import Documents, SourceCursor, StreamedReader
+from titanlite.data.stream import EncodedDocuments, SourceCursor, StreamedReader
 from titanlite.data.windows import BestFit, Dealing, Split, Window, fingerprint_part, row_digest
 from titanlite.inspection import seek
 from titanlite.run.metrics import RunLog
 from titanlite.tokenizer import Tokenizer
 from titanlite.verify.__main__ import main
+from titanlite.verify.account import Account, pieces_of
 from titanlite.verify.census import Census
 from titanlite.verify.proof import plain_fingerprint
-from titanlite.verify.tally import account_of, pieces_of
 
 SEQ_LEN, ROWS, STEPS = 48, 4, 12
 BEGIN_AND_END = 2  # tokens; of the rest each is a byte
@@ -198,21 +198,21 @@ def test_every_epoch_reached_is_looked_at(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_both_accounts_of_any_row_agree(packing: str, epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of 0 to 9 tokens in rows of 4: every way in which an edge can lie."""
-    monkeypatch.setattr("titanlite.verify.tally._BLOCK", 64)
+    monkeypatch.setattr("titanlite.verify.account._BLOCK", 64)
     lengths = np.random.default_rng(0).integers(0, 10, 300)
     census = Census(lengths, np.where(lengths > 0, np.arange(300) + 1, 0), np.zeros(300, bool), lengths, [])
     rows = rows_of(lengths.tolist(), packing, 4, 35, seed=1, max_epochs=epochs, order=DocumentOrder(300, 1, 16))
-    account = account_of(rows.source, census, packing, Dealing(1, "web", True), 4, 35)
+    account = Account(rows.source, census, packing, Dealing(1, "web", True), 4, 35)
     while rows.cursor.row < 900:
         try:
             rows.fill(3)
         except EndOfData:
             break
         before = rows.cursor
-        assert account.cursor(before) == before
-        expected, after = account.rows(before, 3)
+        assert account.cursor == before
+        expected = account.take(3)
         taken = rows.take(3, 0, 3)[0]
-        assert rows.cursor == after
+        assert rows.cursor == account.cursor
         for pieces, *found in zip(expected, taken.starts, taken.counters, taken.offsets, strict=True):
             assert pieces == pieces_of(*found)
     assert rows.cursor.row > 500
@@ -221,7 +221,7 @@ def test_both_accounts_of_any_row_agree(packing: str, epochs: int, monkeypatch: 
 def another_document(monkeypatch: pytest.MonkeyPatch) -> None:
     right = StreamedReader.read
 
-    def read(self: StreamedReader, documents: np.ndarray, keep: np.ndarray) -> Documents:
+    def read(self: StreamedReader, documents: np.ndarray, keep: np.ndarray) -> EncodedDocuments:
         return right(self, np.where(documents % 9 == 5, 12, documents), keep)  # of another length
 
     monkeypatch.setattr(StreamedReader, "read", read)
@@ -230,7 +230,7 @@ def another_document(monkeypatch: pytest.MonkeyPatch) -> None:
 def another_token(monkeypatch: pytest.MonkeyPatch) -> None:
     right = StreamedReader.read
 
-    def read(self: StreamedReader, documents: np.ndarray, keep: np.ndarray) -> Documents:
+    def read(self: StreamedReader, documents: np.ndarray, keep: np.ndarray) -> EncodedDocuments:
         got = right(self, documents, keep)
         broken = np.flatnonzero((documents % 9 == 5) & keep)
         got.ids[(np.cumsum(got.lengths) - got.lengths)[broken] + 1] += 1

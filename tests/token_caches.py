@@ -20,7 +20,7 @@ from titanlite.data.cache import shards
 from titanlite.data.cache.reader import CachedReader, open_cache
 from titanlite.data.cache.writer import write_cache
 from titanlite.data.source import Source, SourceError, open_source
-from titanlite.data.stream import Documents
+from titanlite.data.stream import EncodedDocuments
 
 NUM_DOCUMENTS, NUM_SHARDS = 120, 7
 """Of what `write` makes of `write_corpus`."""
@@ -86,7 +86,7 @@ def cached(source: Source, folder: Path, tokenizer: ByteTokenizer | None = None)
     return reader
 
 
-def read_whole(reader: CachedReader, documents: np.ndarray, keep: np.ndarray) -> Documents:
+def read_whole(reader: CachedReader, documents: np.ndarray, keep: np.ndarray) -> EncodedDocuments:
     """The documents with their tokens; where these cannot be had, the error."""
     read = reader.read(documents, keep)
     try:
@@ -96,7 +96,7 @@ def read_whole(reader: CachedReader, documents: np.ndarray, keep: np.ndarray) ->
     return replace(read, ids=ids)
 
 
-def everything(reader: CachedReader) -> Documents:
+def everything(reader: CachedReader) -> EncodedDocuments:
     documents = np.arange(reader.numbering.num_documents)
     return read_whole(reader, documents, np.ones(len(documents), bool))
 

@@ -34,7 +34,7 @@ HOSTILE = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ModelComparison:
     """Of a comparison that found no difference that matters."""
 
     difference: float
@@ -99,7 +99,7 @@ def compare_logits(
     folder: str,
     tokens: Tensor,
     how: str,
-) -> Verdict:
+) -> ModelComparison:
     """Raise ValueError unless the checkpoint and the folder have the same logits.
 
     read_ours, read_theirs: a parameter by our name, from the checkpoint and from the folder. how: transformers,
@@ -125,7 +125,7 @@ def compare_logits(
             f"logits of the folder, computed by {computed_by}, differ by up to {difference:.3g} from those of the"
             f" checkpoint (largest {largest:.3g}): this is not the same model"
         )
-    return Verdict(difference, largest, tokens.numel(), computed_by)
+    return ModelComparison(difference, largest, tokens.numel(), computed_by)
 
 
 def compare_ids(folder: str, tokenizer: Tokenizer) -> str | None:

@@ -31,7 +31,7 @@ from titanlite.convert.architecture import (
     to_our_order,
     to_their_order,
 )
-from titanlite.convert.comparison import Verdict, compare_ids, compare_logits, sample_tokens
+from titanlite.convert.comparison import ModelComparison, compare_ids, compare_logits, sample_tokens
 from titanlite.convert.tokenizer_files import import_tokenizer, read_json, write_json, write_tokenizer
 from titanlite.loading import config_of, find_checkpoint, tokenizer_of, weights_prefix
 from titanlite.tokenizer import Tokenizer
@@ -183,7 +183,7 @@ def _read_source(source: str) -> tuple[Imported, dict[str, safetensors.Entry]]:
     return imported, _checked(safetensors.read_folder(source), imported.model, source)
 
 
-def _told(verdict: Verdict, rounded: str) -> str:
+def _told(verdict: ModelComparison, rounded: str) -> str:
     return (
         f"logits of the two{rounded}: at most {verdict.difference:.2g} apart on {verdict.num_tokens} tokens, the"
         f" largest being {verdict.largest:.3g} (the folder's computed by {verdict.computed_by})"

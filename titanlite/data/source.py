@@ -74,7 +74,7 @@ class Numbering:
         return files, documents - self._first[files]
 
 
-class _Facts(NamedTuple):
+class _FileFacts(NamedTuple):
     """What is kept of a file that is not open."""
 
     num_records: int
@@ -286,12 +286,12 @@ class Source:
             else Jsonl(file, self._cache_dir, self._stop)
         )
 
-    def _facts(self, f: int) -> _Facts:
+    def _facts(self, f: int) -> _FileFacts:
         with self._at_start(f):
             opened = self._open(f)
         if isinstance(opened, Parquet):
-            return _Facts(opened.num_records, opened.random_access, opened.groups)
-        return _Facts(opened.num_records, True, np.empty((0, 2), np.int64))
+            return _FileFacts(opened.num_records, opened.random_access, opened.groups)
+        return _FileFacts(opened.num_records, True, np.empty((0, 2), np.int64))
 
 
 def open_source(

@@ -1,6 +1,6 @@
 """The token stream of one source: documents as tokens, the position in them, and what became of each token.
 
-Owns what travels between the rooms of `data`: documents read (`Documents`), runs of them in the stream's order
+Owns what travels between the rooms of `data`: documents read (`EncodedDocuments`), runs of them in the stream's order
 (`Chunk`), the cursor, which is all that a resume needs, and the ledger. Nothing here knows of ranks, batches, workers
 or threads.
 """
@@ -83,7 +83,7 @@ class SourceCursor:
 
 
 @dataclass(frozen=True, eq=False)
-class Documents:
+class EncodedDocuments:
     """Documents that were asked for by number, as tokens."""
 
     ids: np.ndarray | None
@@ -133,7 +133,7 @@ class Reader(Protocol):
     def sizes(self, documents: np.ndarray) -> np.ndarray:
         """About how many bytes each of the documents has, int64 [n], without reading them. Not of one on demand."""
 
-    def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
+    def read(self, documents: np.ndarray, keep: np.ndarray) -> EncodedDocuments:
         """The tokens of documents (int64 [n]); what is not to be kept (bool [n]) is not even read.
 
         Raises nothing but KeyboardInterrupt and SystemExit. What bad records mean is the caller's business.
@@ -187,7 +187,7 @@ class StreamedReader:
     def locate(self, document: int) -> str:
         return self._source.locate(*self.numbering.place(document))
 
-    def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
+    def read(self, documents: np.ndarray, keep: np.ndarray) -> EncodedDocuments:
         ids = [np.empty(0, np.int32)]  # concatenate wants at least one array
         lengths: list[int] = []
         sizes: list[int] = []
@@ -218,7 +218,7 @@ class StreamedReader:
             error, end = changed, int(read[num])
             lengths, sizes, bad = lengths[:end], sizes[:end], [record for record in bad if record[0] < end]
         num_tokens = sum(lengths)
-        return Documents(
+        return EncodedDocuments(
             np.concatenate(ids)[:num_tokens], np.array(lengths, np.int64), np.array(sizes, np.int64), bad, error
         )
 

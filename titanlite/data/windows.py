@@ -53,7 +53,7 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class RowLayout:
     """The rows of a window in natural order, as pieces of its documents. What pieces leave of a row is padded."""
 
     edges: np.ndarray
@@ -71,7 +71,7 @@ class Layout:
 class Laid(NamedTuple):
     """A window that is closed."""
 
-    layout: Layout
+    layout: RowLayout
     num_documents: int
     """Documents with a token in it, and those of no token between them."""
     next_document: int
@@ -147,7 +147,7 @@ class Split:
         fitting = (lengths > 0) & (lengths <= self.seq_len + 1)
         cut = fitting & (ends - 1 > (starts // self.seq_len + 1) * self.seq_len)
         per_row[0] += at_start
-        layout = Layout(edges, documents, offsets, sizes - places, per_row)
+        layout = RowLayout(edges, documents, offsets, sizes - places, per_row)
         counted = slice(0 if at_start else 1, last + 1)
         return Laid(layout, last + 1, last, edge - int(starts[last]), int(np.count_nonzero(cut[counted])))
 
@@ -190,7 +190,7 @@ class BestFit:
         order = np.argsort(rows, kind="stable")
         edges = np.append(0, np.cumsum(np.bincount(rows)))
         begun = np.bincount(rows, offsets == 0).astype(np.int64)
-        layout = Layout(edges, documents[order], offsets[order], sizes[order], begun)
+        layout = RowLayout(edges, documents[order], offsets[order], sizes[order], begun)
         return Laid(layout, num_documents, num_documents, 0, 0)
 
     def _tokens(self, num_rows: int) -> int:

@@ -147,7 +147,7 @@ def run_layouts(
     outcomes: list[Outcome] = []
     reference: Records | None = None
     for number, layout in enumerate(layouts, 1):
-        progress = Progress(f"{number} of {len(layouts)}: {layout.text}", options.steps)
+        progress = LayoutProgress(f"{number} of {len(layouts)}: {layout.text}", options.steps)
         try:
             run = run_ranks(
                 layout.world_size,
@@ -175,7 +175,7 @@ def run_layouts(
     return outcomes, reference
 
 
-class Progress:
+class LayoutProgress:
     """Says on stderr how far a layout has come, in one line where someone watches, else now and then."""
 
     def __init__(self, title: str, steps: int) -> None:

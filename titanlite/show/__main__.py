@@ -42,7 +42,7 @@ that have none are read up to it, with a bar. Paths in a config are relative to 
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class FoundStep:
     """Where a step is, and what a run says of it."""
 
     number: int
@@ -188,15 +188,15 @@ def open_all(config: Config) -> tuple[Tokenizer, Corpus]:
     return tokenizer, open_corpus(config.data, tokenizer, seq_len=config.training.seq_len, seed=config.training.seed)
 
 
-def find_in_stream(config: Config, corpus: Corpus, eos_id: int, number: int, read_ahead: ReadAhead) -> Step:
+def find_in_stream(config: Config, corpus: Corpus, eos_id: int, number: int, read_ahead: ReadAhead) -> FoundStep:
     """A step that no run need have made, from the lengths in the token cache, else from the text."""
     num_rows = config.training.global_batch_size
     cursor = seek(corpus, config.data, eos_id=eos_id, row=(number - 1) * num_rows, read_ahead=read_ahead)
     cached = all(source.reader.on_demand for source in corpus.sources.values())
-    return Step(number, num_rows, "by the token cache" if cached else "by reading up to it", cursor)
+    return FoundStep(number, num_rows, "by the token cache" if cached else "by reading up to it", cursor)
 
 
-def find_in_run(folder: Path, config: Config, corpus: Corpus, number: int) -> Step:
+def find_in_run(folder: Path, config: Config, corpus: Corpus, number: int) -> FoundStep:
     """A step that the run made, or the next that it would make, from the run's cursor log."""
     path = folder / "cursor.jsonl"
     try:
@@ -216,8 +216,8 @@ def find_in_run(folder: Path, config: Config, corpus: Corpus, number: int) -> St
         start = {name: SourceCursor().to_dict() for name in corpus.sources}
         before = {"row": 0, "sources": start, "stream": at["stream"] if at else corpus.identity}
     if at is None:
-        return Step(number, config.training.global_batch_size, "by the cursor log", before)
-    return Step(number, at["row"] - before["row"], "by the cursor log", before, at["batch_fingerprint"])
+        return FoundStep(number, config.training.global_batch_size, "by the cursor log", before)
+    return FoundStep(number, at["row"] - before["row"], "by the cursor log", before, at["batch_fingerprint"])
 
 
 def logged(path: Path, step: int | None, or_later: bool = False) -> dict[str, Any] | None:
@@ -259,7 +259,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _header(step: Step, rows: StepRows, corpus: Corpus, fingerprint: str) -> str:
+def _header(step: FoundStep, rows: StepRows, corpus: Corpus, fingerprint: str) -> str:
     said = {None: "", fingerprint: ", as the run logged it"}.get(step.fingerprint, ", NOT WHAT THE RUN LOGGED")
     num_rows, seq_len = len(rows.tokens), rows.tokens.shape[1] - 1
     lines = [

@@ -28,10 +28,10 @@ from titanlite.data.windows import Dealing
 from titanlite.inspection.survey import pack_every_way, survey_of
 from titanlite.inspection.transcript import aligned, statistics_text
 from titanlite.tokenizer import Tokenizer
+from titanlite.verify.account import Account, AccountsDiffer, check_cursor
 from titanlite.verify.census import Census, take_census
 from titanlite.verify.proof import ProvenStep, Prover
 from titanlite.verify.sampling import Walk, choose_steps, deal_all, lanes_of, measured, row_of
-from titanlite.verify.tally import Difference, account_of, check_cursor
 
 _NAMED = 20  # bad records
 _AHEAD = 4  # portions of documents per thread
@@ -40,7 +40,7 @@ _AHEAD = 4  # portions of documents per thread
 def audit(config: Config, num_steps: int) -> None:
     """Read the corpus once, print its accounts, and prove them on `num_steps` steps of the training.
 
-    Raises Difference, which names the first thing that is not what it should be, and ValueError, OSError or
+    Raises AccountsDiffer, which names the first thing that is not what it should be, and ValueError, OSError or
     RuntimeError for what cannot be read or would stop the training.
     """
     data, num_rows = config.data, config.training.global_batch_size
@@ -72,7 +72,7 @@ def audit(config: Config, num_steps: int) -> None:
                 bar.write(_step_text(proven[-1], corpus, run.check(proven[-1], row)))
         _close(by_length, config, tokenizer.eos_id, proven, prover.seeks, run)
     except EndOfData as end:
-        raise Difference(f"{end}, which the lengths of its documents do not say") from end
+        raise AccountsDiffer(f"{end}, which the lengths of its documents do not say") from end
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
 
@@ -143,8 +143,9 @@ def _one_epoch(corpus: Corpus, config: Config, censuses: Mapping[str, Census], e
         place, ledgers[name] = deal_all(lane)
         dealing = Dealing(config.training.seed, name, config.data.shuffle)
         rows_of = window_rows(corpus, config.data)[name]
-        account = account_of(lane.source, census, config.data.packing, dealing, config.training.seq_len, rows_of)
-        check_cursor(f"source {name}, one epoch", place, account.cursor(place))
+        account = Account(lane.source, census, config.data.packing, dealing, config.training.seq_len, rows_of)
+        account.take(place.row)
+        check_cursor(f"source {name}, one epoch", place, account.cursor)
         check_cursor(
             f"source {name}, one epoch",
             replace(place, ledger=ledgers[name]),
@@ -176,7 +177,7 @@ def _all_read(place: SourceCursor, census: Census, seq_len: int) -> SourceCursor
 
 def _equal(what: str, one: int, of_one: str, other: int, of_other: str) -> None:
     if one != other:
-        raise Difference(f"{what}: {one:,} {of_one} and {int(other):,} {of_other}")
+        raise AccountsDiffer(f"{what}: {one:,} {of_one} and {int(other):,} {of_other}")
 
 
 def _statistics(config: Config, corpus: Corpus, censuses: Mapping[str, Census]) -> str:
@@ -234,7 +235,7 @@ def _close(corpus: Corpus, config: Config, eos_id: int, steps: Sequence[ProvenSt
         try:
             first = num_rows - 1  # rank 0 would warn of bad records
             open_rows(corpus, config.data, eos_id=eos_id, num_rows=num_rows, first=first, cursor=last.cursor).take()
-            raise Difference(f"step {last.number + 1} can be made, and the lengths of the documents end before it")
+            raise AccountsDiffer(f"step {last.number + 1} can be made, and the lengths of the documents end before it")
         except EndOfData as end:
             ledgers = {name: Ledger(**counts) for name, counts in end.ledgers.items()}
             waiting, why = "dropped", f"dropped after step {last.number:,}: {end}"
@@ -277,7 +278,10 @@ class _Run:
         self._cursors, self._metrics = (_logged(folder / name, wanted) for name in ("cursor.jsonl", "metrics.jsonl"))
 
     def check(self, step: ProvenStep, row: int) -> bool:
-        """Compare a step whose rows begin at `row`; false if the run says nothing of these rows. Raises Difference."""
+        """Compare a step whose rows begin at `row`; false if the run says nothing of these rows.
+
+        Raises AccountsDiffer.
+        """
         cursor, metrics = self._cursors.get(step.number), self._metrics.get(step.number)
         before = self._cursors.get(step.number - 1, {"row": 0} if step.number == 1 else {})
         if cursor and (before.get("row", row), cursor["row"]) != (row, step.cursor["row"]):
@@ -285,12 +289,14 @@ class _Run:
         where = f"step {step.number}, {self.folder}"
         for name, entry in (("cursor.jsonl", cursor), ("metrics.jsonl", metrics)):
             if entry and entry["batch_fingerprint"] != step.fingerprint:
-                raise Difference(
+                raise AccountsDiffer(
                     f"{where}/{name}: the run trained on batch {entry['batch_fingerprint']}, and this config and these"
                     f" documents make {step.fingerprint}"
                 )
         if cursor and cursor["sources"] != step.cursor["sources"]:
-            raise Difference(f"{where}/cursor.jsonl: {cursor['sources']} in the run, {step.cursor['sources']} by now")
+            raise AccountsDiffer(
+                f"{where}/cursor.jsonl: {cursor['sources']} in the run, {step.cursor['sources']} by now"
+            )
         self.num_compared += bool(cursor or metrics)
         return bool(cursor or metrics)
 

@@ -12,7 +12,7 @@ import numpy as np
 from titanlite.data.feed import ReadAhead, StreamSource, portions, read_portion
 from titanlite.data.order import DocumentOrder, HeldOut
 from titanlite.data.source import Numbering, RecordError
-from titanlite.data.stream import Documents, Reader
+from titanlite.data.stream import EncodedDocuments, Reader
 
 NAMED_RECORDS = 20  # bad records whose place and reason are kept
 _SLICE = 1 << 18  # documents whose split is computed at once
@@ -84,14 +84,14 @@ class MeasuredReader:
     def sizes(self, documents: np.ndarray) -> np.ndarray:
         return self._census.bytes[documents]
 
-    def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
+    def read(self, documents: np.ndarray, keep: np.ndarray) -> EncodedDocuments:
         lengths = np.where(keep, self._census.lengths[documents], 0)
         sizes = np.where(keep, self._census.bytes[documents], 0)
         bad = [
             (i, RecordError(self.locate(int(documents[i])), "a bad record"))
             for i in np.flatnonzero(keep & (lengths == 0)).tolist()
         ]
-        return Documents(None, lengths, sizes, bad)
+        return EncodedDocuments(None, lengths, sizes, bad)
 
     def tokens(self, documents: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         return np.zeros(int(sizes.sum()), np.int32)

@@ -22,16 +22,16 @@ from titanlite.data.rows import StepRows
 from titanlite.data.stream import DocumentEncoder, SourceCursor, encode_or_raise
 from titanlite.data.windows import Dealing, fingerprint_part, row_digest
 from titanlite.inspection.seek import seek
-from titanlite.verify.census import Census
-from titanlite.verify.tally import (
-    Difference,
+from titanlite.verify.account import (
+    Account,
+    AccountsDiffer,
     Piece,
-    account_of,
     check_cursor,
     first_unequal,
     pieces_of,
     splitmix64,
 )
+from titanlite.verify.census import Census
 
 _SEQUENTIAL_BYTES = 1 << 28  # of files without random access that are read again as text
 _MASK = (1 << 64) - 1
@@ -49,7 +49,7 @@ class _Texts:
         self._room = _SEQUENTIAL_BYTES
 
     def tokens(self, documents: list[int], threads: ThreadPoolExecutor, ways: Counter[str]) -> dict[int, np.ndarray]:
-        """By document; `ways` counts where they are from. Raises Difference where text and cache differ."""
+        """By document; `ways` counts where they are from. Raises AccountsDiffer where text and cache differ."""
         found = self._from_text(documents, threads)
         if self._cached is None:
             ways["text"] += len(found)
@@ -62,7 +62,7 @@ class _Texts:
         for document, ids in zip(documents, np.split(whole, np.cumsum(lengths)[:-1]), strict=True):
             text_ids = found.setdefault(document, ids)
             if _mismatch(text_ids, ids) is not None:
-                raise Difference(
+                raise AccountsDiffer(
                     f"source {self._source.name}, document {document}, {self._source.reader.locate(document)}:"
                     f" {_first_difference(ids, 'in the token cache', text_ids, 'by its text')}"
                 )
@@ -122,7 +122,7 @@ class Prover:
         rows = window_rows(corpus, data)
         dealings = {name: Dealing(corpus.identity["seed"], name, data.shuffle) for name in corpus.sources}
         self._accounts = {
-            name: account_of(source, censuses[name], data.packing, dealings[name], self._seq_len, rows[name])
+            name: Account(source, censuses[name], data.packing, dealings[name], self._seq_len, rows[name])
             for name, source in corpus.sources.items()
         }
         self._texts = {name: _Texts(corpus, name, tokenizer, data.cache_dir) for name in corpus.sources}
@@ -130,9 +130,10 @@ class Prover:
         self.seeks = all(isinstance(source.reader, CachedReader) for source in corpus.sources.values())
 
     def prove(self, number: int, before: dict[str, Any]) -> ProvenStep:
-        """Compare a step. before: the stream's cursor before it, with its ledger from the first row on.
+        """Compare a step after those that were compared. before: the cursor before it, with its ledger from the first
+        row on.
 
-        Raises Difference, and what reading raises.
+        Raises AccountsDiffer, and what reading raises.
         """
         row = (number - 1) * self._num_rows
         if self.seeks:
@@ -142,10 +143,11 @@ class Prover:
         dealers = self._corpus.deck.sources(row, self._num_rows)
         for i, (name, account) in enumerate(self._accounts.items()):
             place = SourceCursor.from_dict(before["sources"][name])
-            check_cursor(f"step {number}, source {name}, the cursor before it", place, account.cursor(place))
-            pieces[name], behind = account.rows(place, int(np.count_nonzero(dealers == i)))
+            account.take(place.row - account.cursor.row)
+            check_cursor(f"step {number}, source {name}, the cursor before it", place, account.cursor)
+            pieces[name] = account.take(int(np.count_nonzero(dealers == i)))
             found = SourceCursor.from_dict(after["sources"][name])
-            check_cursor(f"step {number}, source {name}, the cursor after it", found, behind)
+            check_cursor(f"step {number}, source {name}, the cursor after it", found, account.cursor)
         ways: Counter[str] = Counter()
         rows, spans = self._compose(dealers, pieces, ways)
         k = num_pieces = 0
@@ -155,7 +157,7 @@ class Prover:
                 num_pieces += self._check_row(where, part, j, row + k, int(dealers[k]), *rows[k])
                 k += 1
         if (own := plain_fingerprint([ids for ids, _ in rows])) != fingerprint:
-            raise Difference(f"step {number}: its fingerprint is {fingerprint}, and {own} by hashlib")
+            raise AccountsDiffer(f"step {number}: its fingerprint is {fingerprint}, and {own} by hashlib")
         return ProvenStep(number, fingerprint, self._num_rows, num_pieces, ways, spans, after)
 
     def _read(self, number: int, before: dict[str, Any]) -> tuple[list[StepRows], str, dict[str, Any]]:
@@ -179,7 +181,7 @@ class Prover:
             total += fingerprint_part(np.array([row_digest(row) for row in parts[-1].tokens], np.uint64), first)
             cursors.append(stream.cursor())
         if cursors[0] != cursors[-1]:
-            raise Difference(f"step {number}: rank 0 ends at the cursor {cursors[0]} and rank 1 at {cursors[-1]}")
+            raise AccountsDiffer(f"step {number}: rank 0 ends at the cursor {cursors[0]} and rank 1 at {cursors[-1]}")
         return parts, f"{total & _MASK:016x}", cursors[0]
 
     def _compose(
@@ -216,7 +218,7 @@ class Prover:
     ) -> int:
         """Compare row j of a rank's part with tokens and pieces; the number of pieces."""
         if (part.row_index[j], part.sources[j]) != (row, dealer):
-            raise Difference(
+            raise AccountsDiffer(
                 f"{where}: row {part.row_index[j]} of source {part.sources[j]} in the stream, {row} of {dealer} by the"
                 " mixture's deck"
             )
@@ -226,13 +228,13 @@ class Prover:
         if place is not None:
             position, counter, offset = max(piece for piece in pieces if piece[0] <= place)
             document = int(source.order.documents(np.array([max(counter, 0)]))[0])
-            raise Difference(
+            raise AccountsDiffer(
                 f"{where}, source {name}, document {document} ({source.reader.locate(document)}), its token"
                 f" {offset + place - position}: {_first_difference(part.tokens[j], 'in the row', ids, 'by itself')}"
             )
         stream = pieces_of(part.starts[j], part.counters[j], part.offsets[j])
         if unequal := first_unequal(stream, pieces):
-            raise Difference(
+            raise AccountsDiffer(
                 f"{where}, source {name}: (position, document, offset) of a piece is {unequal[0]} in the stream and"
                 f" {unequal[1]} by the lengths of the documents"
             )
@@ -242,7 +244,7 @@ class Prover:
         for name, cursor in found["sources"].items():
             one, other = ([state[key] for key in _PLACE] for state in (cursor, before["sources"][name]))
             if one != other:
-                raise Difference(
+                raise AccountsDiffer(
                     f"step {number}, source {name}: (row, document, offset, dealt) before it is {one} by the search for"
                     f" it and {other} by the lengths of the documents"
                 )

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from titanlite.data.cache.shards import Portion, Shard, Tokenised, shard_lock, write_shard
+from titanlite.data.cache.shards import Shard, ShardPlan, Tokenised, shard_lock, write_shard
 from titanlite.data.feed import too_many_bad_records
 from titanlite.data.files import shown
 from titanlite.data.index import cache_folder, stamp
@@ -51,7 +51,7 @@ class Job:
     open_source: Callable[[], Source]
     tokenizer: DocumentEncoder
     cache_dir: str
-    portions: list[Portion]
+    portions: list[ShardPlan]
     stop_on_bad_record: bool
     max_bad_records: int
 
@@ -76,7 +76,7 @@ class Job:
                 time.sleep(_PAUSE)
             pending = busy
 
-    def _write_one(self, source: Source, portion: Portion) -> Iterator[int]:
+    def _write_one(self, source: Source, portion: ShardPlan) -> Iterator[int]:
         folder = cache_folder(self.cache_dir)
         if Shard.open(folder, portion) is not None:
             return
@@ -89,7 +89,7 @@ class Job:
                 yield from write_shard(documents, portion, folder, token_width(self.tokenizer), clean_up=bool(held))
 
 
-def records(source: Source, portion: Portion) -> Iterator[tuple[int, int, str | RecordError]]:
+def records(source: Source, portion: ShardPlan) -> Iterator[tuple[int, int, str | RecordError]]:
     """(file, record of the file, text) of all that a portion holds, in order. Raises SourceError for what cannot be
     read, and after the documents that were read of a file that has changed."""
     if portion.documents is None:
@@ -107,7 +107,7 @@ def records(source: Source, portion: Portion) -> Iterator[tuple[int, int, str | 
 
 
 def _tokenise(
-    source: Source, tokenizer: DocumentEncoder, portion: Portion, stop_on_bad_record: bool, max_bad_records: int
+    source: Source, tokenizer: DocumentEncoder, portion: ShardPlan, stop_on_bad_record: bool, max_bad_records: int
 ) -> Iterator[Tokenised]:
     nothing, num_bad = np.empty(0, np.int32), 0
     stamps = {source.files[f].path: stamp(source.files[f].path) for f in portion.files}
@@ -237,7 +237,7 @@ def _end_with_parent() -> None:
 class Progress:
     """Adds up what the writing processes say of the shards that were missing."""
 
-    def __init__(self, name: str, folder: str, missing: list[Portion]) -> None:
+    def __init__(self, name: str, folder: str, missing: list[ShardPlan]) -> None:
         self._name, self._folder, self._missing = name, folder, missing
         self._written = [0] * len(missing)  # source bytes
         self._open = {portion.name for portion in missing}

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from titanlite.data.cache.shards import Portion, Shard, plan_shards
+from titanlite.data.cache.shards import Shard, ShardPlan, plan_shards
 from titanlite.data.files import max_open_files
 from titanlite.data.index import cache_folder
 from titanlite.data.source import Numbering, RecordError, Source, SourceError
-from titanlite.data.stream import Documents
+from titanlite.data.stream import EncodedDocuments
 from titanlite.data.windows import gather
 
 _OPENING_THREADS = 8  # checksums and the latency of network storage
@@ -38,7 +38,7 @@ def num_cached_tokens(source: Source, fingerprint: str, cache_dir: str) -> int:
     return sum(shard.header.num_tokens for shard in shards if shard is not None)
 
 
-class _Facts:
+class _ShardFacts:
     """What is kept of a shard that is not mapped."""
 
     def __init__(self, shard: Shard) -> None:
@@ -47,9 +47,9 @@ class _Facts:
         self.num_tokens, self.num_text_bytes = shard.table[-1].tolist()
 
 
-def _facts(folder: str, portion: Portion) -> _Facts | None:
+def _facts(folder: str, portion: ShardPlan) -> _ShardFacts | None:
     shard = Shard.open(folder, portion)
-    return None if shard is None else _Facts(shard)
+    return None if shard is None else _ShardFacts(shard)
 
 
 class CachedReader:
@@ -57,7 +57,7 @@ class CachedReader:
 
     on_demand = True
 
-    def __init__(self, source: Source, folder: str, portions: list[Portion], facts: list[_Facts]) -> None:
+    def __init__(self, source: Source, folder: str, portions: list[ShardPlan], facts: list[_ShardFacts]) -> None:
         self._source, self._folder, self._portions = source, folder, portions
         self._first = np.cumsum([0, *(fact.num_documents for fact in facts)], dtype=np.int64)
         self._mapped = functools.lru_cache(min(_MAPPED_SHARDS, max_open_files() // _MAPPED_SHARE))(self._map)
@@ -82,7 +82,7 @@ class CachedReader:
         """Tokens of each document, int64 [n], 0 for a bad record. Raises SourceError where a shard has vanished."""
         return self._measures(documents)[:, 0]
 
-    def read(self, documents: np.ndarray, keep: np.ndarray) -> Documents:
+    def read(self, documents: np.ndarray, keep: np.ndarray) -> EncodedDocuments:
         """Lengths alone, as stream.Reader says. A shard that has vanished ends the reading: SourceError."""
         which, measures, bad = self._which(documents), np.zeros((len(documents), 2), np.int64), []
         end, error = len(documents), None
@@ -101,7 +101,7 @@ class CachedReader:
                 document = int(documents[i])
                 bad.append((i, RecordError(self.locate(document), shard.bad[document - int(self._first[s])])))
         bad = sorted((record for record in bad if record[0] < end), key=lambda record: record[0])
-        return Documents(None, measures[:end, 0], measures[:end, 1], bad, error)
+        return EncodedDocuments(None, measures[:end, 0], measures[:end, 1], bad, error)
 
     def tokens(self, documents: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """As stream.Reader says. Raises SourceError, with the first of the documents that a shard which is damaged or

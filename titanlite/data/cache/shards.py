@@ -44,7 +44,7 @@ _UNPACKED = {"jsonl.gz": 4, "jsonl.zst": 4, "parquet": 2}  # about how many byte
 
 
 @dataclass(frozen=True)
-class Portion:
+class ShardPlan:
     """What makes one shard: some consecutive files of a source, or consecutive documents of one file."""
 
     name: str
@@ -57,7 +57,7 @@ class Portion:
     """About how many bytes of text, for progress and estimates."""
 
 
-def plan_shards(source: Source, fingerprint: str) -> list[Portion]:
+def plan_shards(source: Source, fingerprint: str) -> list[ShardPlan]:
     """How a source is cut into shards, in document order: the same for every job that reads these files."""
     portions = []
     for first, last, begin, end in _cuts(source):
@@ -74,7 +74,7 @@ def plan_shards(source: Source, fingerprint: str) -> list[Portion]:
         content = [[file.kind, file.size, file.digest] for file in files]
         decides = [_FORMAT, fingerprint, text_field, content, None if documents is None else [begin, end]]
         key = hashlib.blake2b(json.dumps(decides).encode(), digest_size=16).digest()
-        portions.append(Portion(f"tokens-{key.hex()}.shard", key, range(first, last), documents, weight))
+        portions.append(ShardPlan(f"tokens-{key.hex()}.shard", key, range(first, last), documents, weight))
     return portions
 
 
@@ -157,7 +157,7 @@ class Shard:
         self._state = np.zeros(len(self._checksums), np.uint8)  # of each block: 0 not verified, 1 good, 2 damaged
 
     @classmethod
-    def open(cls, folder: str, portion: Portion) -> "Shard | None":
+    def open(cls, folder: str, portion: ShardPlan) -> "Shard | None":
         """The portion's shard, verified but for its tokens. None where there is none, and, with a warning, where it is
         damaged."""
         path = os.path.join(folder, portion.name)
@@ -212,7 +212,7 @@ class Tokenised(NamedTuple):
 
 
 @contextlib.contextmanager
-def shard_lock(folder: str, portion: Portion) -> Iterator[bool | None]:
+def shard_lock(folder: str, portion: ShardPlan) -> Iterator[bool | None]:
     """Try to be the one who writes a shard. True: we are. False: another process is. None: the file system knows no
     locks; work may then be done twice, which is not wrong."""
     path = os.path.join(folder, portion.name + ".lock")
@@ -225,7 +225,7 @@ def shard_lock(folder: str, portion: Portion) -> Iterator[bool | None]:
 
 
 def write_shard(
-    documents: Iterable[Tokenised], portion: Portion, folder: str, width: int, clean_up: bool
+    documents: Iterable[Tokenised], portion: ShardPlan, folder: str, width: int, clean_up: bool
 ) -> Iterator[int]:
     """Write the portion's shard, with `width` bytes per token. Yields the bytes of text that are done, now and then.
 
@@ -248,7 +248,7 @@ def write_shard(
 class _Builder:
     """Lays out a shard file as documents come, in the memory of a batch, a block and two spools."""
 
-    def __init__(self, out: IO[bytes], table: IO[bytes], bad: IO[bytes], portion: Portion, width: int) -> None:
+    def __init__(self, out: IO[bytes], table: IO[bytes], bad: IO[bytes], portion: ShardPlan, width: int) -> None:
         self._out, self._table, self._bad, self._portion, self._width = out, table, bad, portion, width
         self._batch: list[Tokenised] = []  # arrays cost less per document when there are many of them at once
         self._batch_tokens = 0

@@ -20,7 +20,7 @@ from titanlite.data.cache.processes import (
     too_many,
     write_in_processes,
 )
-from titanlite.data.cache.shards import Portion, Shard, plan_shards
+from titanlite.data.cache.shards import Shard, ShardPlan, plan_shards
 from titanlite.data.index import WritingStopped, cache_folder
 from titanlite.data.source import Numbering, RecordError, Source
 from titanlite.data.stream import DocumentEncoder, encode_or_raise, num_text_bytes
@@ -94,7 +94,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _estimate(source: Source, tokenizer: DocumentEncoder, portions: list[Portion]) -> float:
+def _estimate(source: Source, tokenizer: DocumentEncoder, portions: list[ShardPlan]) -> float:
     """About how many bytes the shards will take, judged by a few documents of a few of them."""
     text_bytes = shard_bytes = 0
     for portion in portions[:: max(1, len(portions) // _SAMPLED_SHARDS)]:
@@ -115,13 +115,13 @@ class _BadRecords:
     def __init__(self, source: Source, folder: str, limit: int) -> None:
         self._source, self._folder, self._limit, self._num = source, folder, limit, 0
 
-    def add(self, portion: Portion, num_bad: int) -> None:
+    def add(self, portion: ShardPlan, num_bad: int) -> None:
         """Raises ValueError, with the place of one of them, where these are too many."""
         self._num += num_bad
         if self._num > self._limit > 0 and num_bad:
             raise too_many(self._last(portion), self._limit)
 
-    def _last(self, portion: Portion) -> RecordError:
+    def _last(self, portion: ShardPlan) -> RecordError:
         shard = Shard.open(self._folder, portion)
         assert shard is not None, "it was there just now"
         document, why = list(shard.bad.items())[-1]
