@@ -5,7 +5,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 . "$root/scripts/environment.sh"
 cd "$root"
-use_environment torch pytest pytest_timeout xdist hypothesis transformers tokenizers ruff mypy
+use_environment torch pytest pytest_timeout xdist hypothesis transformers tokenizers mkdocs ruff mypy
 export HF_HUB_OFFLINE=1
 
 "$python" -m ruff check .

@@ -416,7 +416,7 @@ def test_more_bad_records_than_allowed_stop_the_window_that_holds_them() -> None
 
 @pytest.mark.parametrize(
     ("mean", "seq_len", "padding", "cut_by_split"),
-    [  # the README's table: per cent of the tokens of rows, and of the documents that fit into a row
+    [  # the docs' table: per cent of the tokens of rows, and of the documents that fit into a row
         (100, 2048, 0.05, 4.8),
         (300, 2048, 0.04, 13.6),
         (600, 2048, 0.06, 23.2),

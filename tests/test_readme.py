@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands run, its keys exist, its files are there."""
+"""README and docs tell the truth: their commands run, their keys exist, their files are there."""
 
 import contextlib
 import gzip
@@ -28,8 +28,8 @@ from titanlite.data.corpus import open_corpus
 from titanlite.data.mixture import Deck
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-OURS = README[: README.index("## Coming from torchtitan")]
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+OURS = "\n".join(text for path, text in PAGES.items() if path.stem != "from-torchtitan")
 COMMANDS = re.findall(r"^    ((?:[A-Z_]+=\S+ )*(?:torchrun|\./run_train\.sh) ?.*)$", OURS, re.MULTILINE)
 COMMANDS += re.findall(r"^\| `((?:[A-Z_]+=\S+ )*\./run_train\.sh ?.*?)`", OURS, re.MULTILINE)
 
@@ -63,8 +63,41 @@ def test_every_key_and_file_exists() -> None:
     for section, key in keys:
         if section in SCHEMA and f"{section}.{key}" not in ("metrics.jsonl", "tokenizer.model"):  # files
             assert key in SCHEMA[section], f"{section}.{key}"
-    for path in re.findall(r"[`(]((?:\./|\w+/)*\w+\.(?:sh|py|md|slurm)|\w+/\w+\.toml)[`)]", README):
-        assert (ROOT / path).exists(), path
+    rooms = [ROOT, ROOT / "titanlite", *(ROOT / "titanlite").iterdir()]  # the design names files within their room
+    for path in re.findall(
+        r"`((?:\./|[\w-]+/)*[\w-]+\.(?:sh|py|md|svg|slurm)|\w+/\w+\.toml)`", "\n".join(PAGES.values())
+    ):
+        assert any((room / path).exists() for room in rooms), path
+
+
+def test_every_link_leads_somewhere() -> None:
+    """A link to a heading too, as GitHub and mkdocs name it."""
+    links = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^):]+)\)", text)]
+    assert len(links) > 30
+    for page, link in links:
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles], link
+
+
+@pytest.mark.slow
+def test_the_docs_build_without_a_warning(tmp_path: Path) -> None:
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "promises" / "index.html").exists()
+    assert "WARNING" not in built.stderr
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_every_verb_is_there_with_its_help(capsys: pytest.CaptureFixture[str]) -> None:
