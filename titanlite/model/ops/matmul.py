@@ -5,7 +5,8 @@ Those in float32 it gives to MKL, which leaves AVX-512 unused on processors that
 oneDNN, and by 3e-7 with MKL.
 
 Owns `torch.ops.titanlite.linear`, which compilers, activation checkpointing and fake tensors see as one operation. It
-calls a private operation of torch, the one that torch.compile lowers to; tests/test_matmul.py holds its signature.
+calls a private operation of torch, the one that torch.compile lowers to. tests/model/test_matmul.py holds its
+signature.
 """
 
 from typing import Any

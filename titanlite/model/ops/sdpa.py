@@ -5,7 +5,7 @@ single operation with a backward of its own. Tokens of other documents are never
 NaN included, and the work is the sum of squared document lengths. Refuses other devices than the CPU.
 
 Autograd does not look inside a custom operation, so both directions call the ATen flash attention operations and
-hand the log-sum-exp from one to the other. Those two are private: tests/test_attention.py holds their signatures.
+hand the log-sum-exp from one to the other. Those two are private: tests/model/test_attention.py holds their signatures.
 """
 
 import functools
