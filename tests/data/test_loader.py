@@ -647,22 +647,23 @@ def test_a_loop_ends_with_the_data_and_the_loader_says_why(tmp_path: Path, prefe
 
 
 def test_a_read_that_hangs_keeps_nobody_from_closing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hangs, goes_on = threading.Event(), threading.Event()
+    begun, hangs, goes_on = threading.Event(), threading.Event(), threading.Event()
     texts = Source.texts
 
     def hang(self: Source, documents: np.ndarray) -> Iterator[str | RecordError]:
-        for document, text in zip(documents, texts(self, documents), strict=True):
-            if document == 40:
-                hangs.set()
-                goes_on.wait(60)
-            yield text
+        if begun.is_set():
+            hangs.set()
+            goes_on.wait(60)
+        yield from texts(self, documents)
 
     data = replace(write_jsonl(tmp_path, list(TEXTS)), shuffle=False, num_workers=2, prefetch=2)
     loader = build(data)
     monkeypatch.setattr(Source, "texts", hang)
     steps = iter(loader)
     next(steps)
-    assert hangs.wait(20)
+    begun.set()
+    while not hangs.wait(0.05):
+        next(steps)
     begin = time.monotonic()
     loader.close()
     assert time.monotonic() - begin < 5
