@@ -146,9 +146,9 @@ def test_diff_names_what_changed() -> None:
     old = json.loads(json.dumps(dataclasses.asdict(load_config(["--data.paths=a"]))))  # as a manifest has it
     assert diff(old, load_config(["--data.paths=a"])) == []
     old["training"]["of_old"] = 3
-    del old["model"]["dim"]
-    assert diff(old, load_config(["--training.steps", "200", "--data.paths=a,b"])) == [
-        "model.dim: (not known) -> 256",
+    del old["model"]["dim"], old["model"]["n_layers"]  # as if it were from before there were these keys
+    assert diff(old, load_config(["--training.steps", "200", "--data.paths=a,b", "--model.n_layers=6"])) == [
+        "model.n_layers: 4 -> 6",
         'data.paths: ["a"] -> ["a", "b"]',
         "training.steps: 100 -> 200",
         "training.of_old: 3 -> (not known)",

@@ -31,8 +31,12 @@ def dump_toml(config: Config) -> str:
 
 
 def diff(old: dict[str, Any], new: Config) -> list[str]:
-    """What `new` changes against `old` (an asdict, perhaps read back from JSON), as `section.key: before -> after`."""
-    before, after = _flat(old), _flat(asdict(new))
+    """What `new` changes against `old` (an asdict, perhaps read back from JSON), as `section.key: before -> after`.
+
+    A key that an older version did not know changes nothing while it has its default.
+    """
+    before, after, defaults = _flat(old), _flat(asdict(new)), _flat(asdict(Config()))
+    before |= {name: value for name, value in defaults.items() if name not in before}
     absent = "(not known)"
     return [
         f"{name}: {before.get(name, absent)} -> {after.get(name, absent)}"
