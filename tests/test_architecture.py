@@ -21,7 +21,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {"trainer": set()},
     {"data": set(), "parallel": set()},
     {"model": set(), "checkpoint": set(), "tokenizer": set(), "optim": {"muon"}, "muon": set(), "run": {"checkpoint"}},
-    {"config": set(), "files": {"log"}, "log": set(), "sharding": set()},
+    {"config": set(), "files": {"log"}, "log": set(), "sharding": set(), "command": {"config"}},
 ]
 COMMANDS = set(LAYERS[0])
 ROOMS = {
@@ -89,7 +89,7 @@ def forbidden_imports(path: str, source: str) -> Iterator[str]:
                 yield f"{path}: {room} may not import {other}"
         if room == "data" and parts[1:2] == ["model"] and module != "titanlite.model.documents":
             yield f"{path}: data takes the document rule, and not {module}, which takes time to import"
-        if parts[1:2] == ["config"] and room not in {"config", *WHOLE_CONFIG}:
+        if parts[1:2] == ["config"] and room not in {"config", "command", *WHOLE_CONFIG}:
             sections = {section.__name__ for section in SECTIONS.values()} | {"source_configs"}
             yield from (f"{path}: {room} takes its section, not {n}" for n in names if n not in sections)
 

@@ -6,7 +6,8 @@
 import sys
 import time
 
-from titanlite.config import ConfigError, load_config, take_number
+from titanlite.command import exit_code
+from titanlite.config import load_config, take_number
 from titanlite.config.sections import DataConfig, SourceConfig, source_configs
 from titanlite.data.cache.reader import num_cached_tokens, open_cache
 from titanlite.data.cache.writer import available_cores, write_cache
@@ -33,31 +34,26 @@ COLUMNS = ("source", "files", "documents", "tokens", "text bytes", "bytes/token"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 the cache is complete, 1 a failure told in one line."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Exit code: 0 the cache is complete, 1 a failure told in one line, 130 stopped by Ctrl-C."""
+    stopped = "stopped; what was written stays, and the next start goes on from there"
+    return exit_code(lambda: write(list(sys.argv[1:] if argv is None else argv)), (RuntimeError,), stopped)
+
+
+def write(arguments: list[str]) -> bool:
+    """Write what is missing, and print a table of the sources."""
     if {"--help", "-h"} & set(arguments):
         print(USAGE, end="")
-    try:
-        num_processes, arguments = take_number(arguments, "--processes", available_cores(), 1, "processes")
-        config = load_config(arguments)
-        init_logging()
-        tokenizer = Tokenizer.load(config.tokenizer.path)
-        sources = source_configs(config.data)
-        rows = [_write(name, source, tokenizer, config.data, num_processes) for name, source in sources.items()]
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"titanlite: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("titanlite: stopped; what was written stays, and the next start goes on from there", file=sys.stderr)
-        return 1
+    num_processes, arguments = take_number(arguments, "--processes", available_cores(), 1, "processes")
+    config = load_config(arguments)
+    init_logging()
+    tokenizer = Tokenizer.load(config.tokenizer.path)
+    sources = source_configs(config.data)
+    rows = [_write(name, source, tokenizer, config.data, num_processes) for name, source in sources.items()]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     for row in (COLUMNS, *rows):
         print(row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)))
     print(f"token cache: {cache_folder(config.data.cache_dir)}")
-    return 0
+    return True
 
 
 def _write(

@@ -7,6 +7,7 @@ import argparse
 import re
 import sys
 
+from titanlite.command import exit_code
 from titanlite.config import OneLineParser
 
 DESCRIPTION = """\
@@ -30,40 +31,27 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 a failure told in one line; OUT is not there then."""
-    try:
-        options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
-        print(f"titanlite: {error}", file=sys.stderr)
-        return 1
-    # From here on torch is imported, which takes seconds: a mistake in the command line should not.
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code(lambda: convert(parse_arguments(arguments)), interrupted="interrupted, OUT is not written")
+
+
+def convert(options: argparse.Namespace) -> bool:
+    """Convert, and print what was compared."""
+    # torch is imported here, which takes seconds: a mistake in the command line should not.
     import torch
 
     from titanlite.convert.conversion import from_hf, to_hf
     from titanlite.log import init_logging
 
     init_logging()
-    try:
-        if options.verb == "to-hf":
-            dtype = getattr(torch, options.dtype)
-            lines = to_hf(
-                options.source,
-                options.out,
-                dtype,
-                options.shard_size,
-                options.tokenizer,
-                options.check,
-                use_ema=options.ema,
-            )
-        else:
-            lines = from_hf(options.source, options.out, options.check)
-        print("\n".join(lines))
-    except KeyboardInterrupt:
-        print(f"\ntitanlite: interrupted, {options.out} is not written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"titanlite: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    if options.verb == "to-hf":
+        dtype = getattr(torch, options.dtype)
+        shard, tokenizer = options.shard_size, options.tokenizer
+        lines = to_hf(options.source, options.out, dtype, shard, tokenizer, options.check, use_ema=options.ema)
+    else:
+        lines = from_hf(options.source, options.out, options.check)
+    print("\n".join(lines))
+    return True
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

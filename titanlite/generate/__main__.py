@@ -5,13 +5,13 @@ Straight from a training run's checkpoint, whatever its layout. Under torchrun a
 """
 
 import argparse
-import io
 import math
 import os
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from titanlite.command import exit_code
 from titanlite.config import OneLineParser
 from titanlite.generate.text import Continuation, Printer, read_prompts
 
@@ -37,39 +37,28 @@ warning: the model was not trained for them.
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 a failure told in one line."""
     rank = int(os.environ.get("RANK", "0"))
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
-    try:
+
+    def work() -> bool:
         options = parse_arguments(sys.argv[1:] if argv is None else argv)
         prompts = all_prompts(options)
-    except ValueError as error:
-        if rank == 0:
-            print(f"titanlite: {error}", file=sys.stderr)
-        return 1
-    # From here on torch is imported, which takes seconds: a mistake in the command line should not.
-    import torch
+        # From here on torch is imported, which takes seconds: a mistake in the command line should not.
+        import torch
 
-    from titanlite.log import init_logging
-    from titanlite.run.agreement import RunFailed
+        from titanlite.log import init_logging
+        from titanlite.run.agreement import RunFailed
 
-    init_logging(rank)
-    try:
-        run(options, prompts)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `generate ... | head`: give Python's own flush at exit somewhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("\ntitanlite: interrupted", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError as error:
-        print(f"titanlite: {str(error).splitlines()[0]} Use a smaller --batch_size or more ranks", file=sys.stderr)
-        return 1
-    except (RunFailed, ValueError, OSError) as error:  # the same on every rank
-        if rank == 0:
-            print(f"titanlite: {error}", file=sys.stderr)
-        return 1
-    return 0
+        init_logging(rank)
+        try:
+            run(options, prompts)
+        except torch.OutOfMemoryError as error:  # perhaps of one rank alone
+            text = str(error).splitlines()[0]
+            print(f"titanlite: {text} Use a smaller --batch_size or more ranks", file=sys.stderr)
+            return False
+        except RunFailed as error:
+            raise ValueError(error) from error
+        return True
+
+    return exit_code(work, speaks=rank == 0)  # else the same on every rank
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

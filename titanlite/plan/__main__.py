@@ -5,10 +5,10 @@
 
 import argparse
 import json
-import os
 import sys
 
-from titanlite.config import Config, ConfigError, OneLineParser, check, load_config
+from titanlite.command import exit_code
+from titanlite.config import ConfigError, OneLineParser, check, load_config
 
 DESCRIPTION = """\
 Parameters, memory of a rank for each way of activation checkpointing, size of a checkpoint, tokens, epochs and time of
@@ -21,25 +21,7 @@ DEVICE_NAMES = {"A100": "A100-SXM4-80GB", "H100": "H100 80GB HBM3"}
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 planned, 1 a mistake told in one line."""
-    try:
-        options, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        config = load_config(arguments)
-        if problems := check(config, options.world_size):
-            raise ConfigError(problems)
-        run(config, options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `plan ... | head`: give Python's own flush at exit somewhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except KeyboardInterrupt:
-        print("titanlite: interrupted", file=sys.stderr)
-        return 130
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"titanlite: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: run(*parse_arguments(sys.argv[1:] if argv is None else argv)))
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -76,8 +58,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, arguments
 
 
-def run(config: Config, options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, arguments: list[str]) -> bool:
     """Plan and print."""
+    config = load_config(arguments)
+    if problems := check(config, options.world_size):
+        raise ConfigError(problems)
     # torch is imported here, which takes seconds: a mistake in the command line or the config should not.
     from tqdm import tqdm
 
@@ -103,6 +88,7 @@ def run(config: Config, options: argparse.Namespace) -> None:
             progress=bar.update,
         )
     print(json.dumps(facts, indent=2) if options.json else tables(facts))
+    return True
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ it answers at once.
 """
 
 import argparse
-import io
 import json
 import math
 import os
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from titanlite.config import Config, ConfigError, OneLineParser, load_config
+from titanlite.command import exit_code
+from titanlite.config import Config, OneLineParser, load_config
 from titanlite.data.cache.writer import available_cores
 from titanlite.data.corpus import Corpus, open_corpus, open_rows
 from titanlite.data.feed import EndOfData, ReadAhead, in_threads_of, one_by_one
@@ -57,27 +57,14 @@ class FoundStep:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 shown, 1 not, or not what the run logged; a line says why."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
-    try:
+
+    def work() -> bool:
         options, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         config = load_config(arguments)
         init_logging()
-        right = show_statistics(config) if options.stats else show_step(config, options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `show ... | head`: give Python's own flush at exit somewhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except KeyboardInterrupt:
-        print("titanlite: interrupted", file=sys.stderr)
-        return 130
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError, EndOfData) as error:
-        print(f"titanlite: {error}", file=sys.stderr)
-        return 1
-    return 0 if right else 1
+        return show_statistics(config) if options.stats else show_step(config, options)
+
+    return exit_code(work, also=(RuntimeError, EndOfData))
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from titanlite.command import exit_code
 from titanlite.config import load_config, take_number
 
 if TYPE_CHECKING:
@@ -42,13 +43,13 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, end="")
         return 0
     commands: dict[str, Callable[[list[str]], bool]] = {"checkpoint": checkpoint, "isolation": isolation, "data": data}
-    try:
+
+    def work() -> bool:
         if command not in commands:
             raise ValueError(f"{command!r} is nothing to verify: name one of {', '.join(commands)}, or --help")
-        return 0 if commands[command](rest) else 1
-    except (ValueError, OSError) as error:
-        print(f"titanlite: {error}", file=sys.stderr)
-        return 1
+        return commands[command](rest)
+
+    return exit_code(work)
 
 
 def checkpoint(argv: list[str]) -> bool:
