@@ -58,7 +58,8 @@ class Ranks:
         self.world_size = world_size
         self.num_runs = 0
         context = with_torch()
-        store = os.path.join(tempfile.mkdtemp(prefix="titanlite-gloo-"), "store")
+        self._folder = tempfile.TemporaryDirectory(prefix="titanlite-gloo-")
+        store = os.path.join(self._folder.name, "store")
         pairs = [context.Pipe() for _ in range(world_size)]
         self._pipes = [mine for mine, _ in pairs]
         self._processes = [
@@ -104,6 +105,7 @@ class Ranks:
                 pipe.send(None)
         for process in self._processes:
             process.join(timeout=20)
+        self._folder.cleanup()
 
 
 _groups: dict[int, Ranks] = {}
