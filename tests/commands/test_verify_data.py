@@ -360,7 +360,11 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = {
     "a window too long": (a_window_too_long, "split", r"the cursor after it: tokens_read is \d+ and \d+"),
     "tail": (tail_forgotten, "split", r"source data, one epoch: tokens_read is \d+ and \d+ by the lengths"),
     "wrong ledger": (wrong_ledger, "split", r"source data, one epoch: bytes is \d+ and \d+ by the lengths"),
-    "a piece lost": (a_piece_lost, "best_fit", r"window of documents from 0 on: its rows hold .*\(3, 1, \d+\) where"),
+    "a piece lost": (
+        a_piece_lost,
+        "best_fit",
+        rf"step \d+, row \d+ .*, source data, {PLACE}, its token \d+: token .* by itself",
+    ),
     "ranks": (rank_1_sees_other_rows, "split", rf"step 1, row 2 \(row 2 of the stream\), source data, {PLACE}"),
     "fingerprint": (
         wrong_fingerprint,
