@@ -55,7 +55,8 @@ def check(config: Config, world_size: int | None, doubtful: Set[str] = frozenset
     problems = list(out_of_range.values())
     for together in found:
         with suppress(_Doubt):
-            problems.extend(together)
+            for problem in together:  # one by one: what a rule says before it doubts stays said
+                problems.append(problem)
     return problems
 
 
